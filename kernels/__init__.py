@@ -1,0 +1,1 @@
+"""Kernels of a sparse MoE transformer; import the submodules (this file imports nothing, so it cannot fail)."""

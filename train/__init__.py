@@ -1,0 +1,1 @@
+"""Runs: configuration, data, engines, the training loop, checkpoints and metrics."""

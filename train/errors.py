@@ -1,0 +1,41 @@
+"""What a user can cause, and the exit code that each cause ends the program with.
+
+Exit codes: 0 ok, 2 configuration (also a locked run directory or a refused resume), 3 data, 4 corrupt
+checkpoint, 5 non-finite loss or gradient, 7 no space left, 130 Ctrl-C (saved), 143 SIGTERM (saved).
+"""
+
+
+class RunError(Exception):
+    """A failure with a message for the user: printed without a traceback, then exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError):
+    """The configuration cannot be run as it stands, or the run directory refuses it."""
+
+    exit_code = 2
+
+
+class DataError(RunError):
+    """Text or tokenizer files are missing, empty or unreadable."""
+
+    exit_code = 3
+
+
+class CheckpointError(RunError):
+    """A checkpoint is damaged, and no older one could take its place."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is inf or NaN and the policy is to stop; the weights were not touched."""
+
+    exit_code = 5
+
+
+class NoSpaceError(RunError):
+    """The disk is full; checkpoints that were complete stay intact."""
+
+    exit_code = 7
