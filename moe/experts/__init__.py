@@ -1,0 +1,1 @@
+"""Experts: one file each, chosen by `model.moe.experts.name`."""

@@ -1,0 +1,1 @@
+"""Balancing losses: one file each, chosen by `name` in `model.moe.losses`."""

@@ -1,0 +1,70 @@
+"""How does `name: topk` in a config become the code in `moe/routers/topk.py`?
+
+A variant is one module in `moe/routers`, `moe/losses` or `moe/experts`, found by its file name; a
+name with a dot (`my_lab.sinkhorn`) is imported as it stands, so that a private variant needs no fork.
+Each module has a `Config` (a `VariantConfig`) and the class or function that the config switches on:
+
+    routers   `Router(config, hidden_size, num_experts)`   nn.Module: forward(x, context) -> Routing
+    losses    `loss(config, routing, context)`             function: one layer's Routing -> scalar
+    experts   `Experts(config, num_experts, hidden_size, intermediate_size)`   nn.Module
+"""
+
+import importlib
+import pkgutil
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+
+
+class VariantConfig(BaseModel):
+    """Base of every variant's `Config`: its file's name, and settings of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+
+
+def variant_names(kind: str) -> list[str]:
+    """The names of the files in `moe/<kind>` (kind: `routers`, `losses` or `experts`)."""
+    package = importlib.import_module(f"moe.{kind}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_variant(kind: str, name: str) -> ModuleType:
+    """Import the module of a variant.
+
+    Raises:
+        ValueError: if there is no such file; names those that exist, and the nearest one.
+    """
+    if "." not in name and name not in variant_names(kind):
+        known = variant_names(kind)
+        near = get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"no file {name}.py in moe/{kind}{hint}; there are: {', '.join(known)}")
+    target = name if "." in name else f"moe.{kind}.{name}"
+    try:
+        return importlib.import_module(target)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot import {target}: {error}") from error
+
+
+def _resolve(kind: str, value: Any) -> Any:
+    """Validate a mapping with the `Config` of the variant that it names."""
+    if isinstance(value, VariantConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(f"needs a name: one of {', '.join(variant_names(kind))}")
+    return load_variant(kind, value["name"]).Config.model_validate(value)
+
+
+def _field(kind: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: _resolve(kind, value))
+
+
+RouterConfig = Annotated[SerializeAsAny[VariantConfig], _field("routers")]
+LossConfig = Annotated[SerializeAsAny[VariantConfig], _field("losses")]
+ExpertsConfig = Annotated[SerializeAsAny[VariantConfig], _field("experts")]
