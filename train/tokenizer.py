@@ -1,0 +1,260 @@
+"""How does text become token ids, and back without loss?
+
+A byte-level BPE trained on the run's own training text, any `tokenizer.json`, or plain bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from moe.config import Count, Section
+from train.errors import DataError
+from train.store import key_of, new_entry, read_entry
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+# Names under which published tokenizers keep their end of text, tried in this order when no
+# tokenizer_config.json beside the file says which one it is.
+_KNOWN_ENDS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+)
+_DEFAULT_VOCAB_SIZE = 4096
+_SMALLEST_VOCAB_SIZE = 258
+# Changes when the same text and settings would train another tokenizer: part of the cache's keys.
+_TRAINER_VERSION = 1
+
+
+class TokenizerConfig(Section):
+    """file: any tokenizer.json; without it a byte-level BPE of `vocab_size` is trained on the
+    training text. kind `bytes`: the 256 bytes and two special tokens, nothing to train."""
+
+    file: str | None = None
+    vocab_size: Annotated[Count, Field(ge=_SMALLEST_VOCAB_SIZE)] = _DEFAULT_VOCAB_SIZE
+    kind: Literal["bpe", "bytes"] = "bpe"
+
+    @model_validator(mode="after")
+    def _every_setting_counts(self) -> "TokenizerConfig":
+        if self.kind == "bytes" and self.file:
+            raise ValueError(
+                f"file ({self.file}) has no effect with kind: bytes; remove one of them"
+            )
+        if (self.file or self.kind == "bytes") and self.vocab_size != _DEFAULT_VOCAB_SIZE:
+            cause = "file" if self.file else "kind: bytes"
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) has no effect with {cause}; remove it"
+            )
+        return self
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program asks of a tokenizer. `sha256` identifies it in caches."""
+
+    vocab_size: int
+    end_of_text: int
+    pad: int
+    sha256: str
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written out in the text are text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, on several threads where the implementation can."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+
+    def save(self, path: Path) -> None:
+        """Write what `load_tokenizer` reads."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8 as ids 0 to 255, then end of text (256) and padding (257)."""
+
+    vocab_size = 258
+    end_of_text = 256
+    pad = 257
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"kind": "bytes"}) + "\n", encoding="utf-8")
+
+
+class FileTokenizer:
+    """A `tokenizer.json`, read by the `tokenizers` library.
+
+    Raises:
+        DataError: if the text is no tokenizer, or has no token that ends a text.
+    """
+
+    def __init__(self, text: str, name: str, specials: dict[str, str] | None = None):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        # The library raises a bare Exception; a broken file can also panic below it.
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{name} is not a tokenizer.json that can be read ({reason}); give a sound file, "
+                f"or leave tokenizer.file out to train one"
+            ) from error
+        # The caller cuts texts to length, and "<|endoftext|>" in a text is no end of a document.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab()
+        if not vocabulary:
+            raise DataError(f"{name} has an empty vocabulary; give a sound file")
+        self.vocab_size = max(vocabulary.values()) + 1
+        specials = specials or {}
+        ends = [e for e in (specials.get("eos_token"), *_KNOWN_ENDS) if e in vocabulary]
+        if not ends:
+            raise DataError(
+                f"{name} has no token that ends a text; needs one of {', '.join(_KNOWN_ENDS)}, or "
+                f"a tokenizer_config.json beside it that names the eos_token"
+            )
+        self.end_of_text = vocabulary[ends[0]]
+        pads = [p for p in (specials.get("pad_token"), PAD, "<pad>") if p in vocabulary]
+        self.pad = vocabulary[pads[0]] if pads else self.end_of_text
+        self._text = text
+        identity = f"{text}\0{self.end_of_text}\0{self.pad}"
+        self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
+        self._specials = {"eos_token": ends[0]} | ({"pad_token": pads[0]} if pads else {})
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json at `path` and tokenizer_config.json beside it."""
+        path.write_text(self._text, encoding="utf-8")
+        config = json.dumps(self._specials, ensure_ascii=False, indent=1)
+        path.with_name("tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer from its file; special tokens from the tokenizer_config.json beside it, if any.
+
+    Raises:
+        DataError: one line that names the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"tokenizer.file ({path}) cannot be read ({error}); give a tokenizer.json, or leave it "
+            f"out to train one"
+        ) from error
+    if text.strip() == json.dumps({"kind": "bytes"}):
+        return ByteTokenizer()
+    return FileTokenizer(text, f"tokenizer.file ({path})", _specials_beside(path))
+
+
+def _specials_beside(path: Path) -> dict[str, str]:
+    """`eos_token` and `pad_token` of a tokenizer_config.json; either may be text or {content:
+    text}."""
+    config = path.with_name("tokenizer_config.json")
+    try:
+        values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = {key: values.get(key) for key in ("eos_token", "pad_token")}
+    named = {key: v["content"] if isinstance(v, dict) else v for key, v in found.items()}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, *, progress: bool) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split; any text survives encode and decode unchanged."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    # mypy takes the setters of the compiled class for read-only.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT, PAD],
+        show_progress=progress,
+    )
+    with parallel_tokenizers():
+        tokenizer.train_from_iterator(texts, trainer)
+    return FileTokenizer(tokenizer.to_str(), "the trained tokenizer")
+
+
+@contextmanager
+def parallel_tokenizers() -> Iterator[None]:
+    """Several threads while we tokenise, one afterwards: the library's threads do not survive a
+    fork, and it warns about that at every later one. A setting of the user's stays."""
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ and os.environ[name] != "false":
+        yield
+        return
+    chosen = os.environ.get(name)
+    os.environ[name] = chosen or "true"
+    try:
+        yield
+    finally:
+        os.environ[name] = "false"
+
+
+def tokenizer_for(
+    config: TokenizerConfig,
+    cache_dir: Path,
+    sample_key: Any,
+    sample: Callable[[], Iterator[str]],
+    *,
+    progress: bool,
+) -> Tokenizer:
+    """The tokenizer that the config asks for.
+
+    Args:
+        sample_key: identifies the text of `sample`; with the settings, the key of the cache.
+        sample: gives training text; called only when a BPE has to be trained.
+    Raises:
+        DataError: if `tokenizer.file` is missing or corrupt.
+    """
+    if config.file:
+        return load_tokenizer(Path(config.file).expanduser())
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    key = key_of("bpe", _TRAINER_VERSION, config.vocab_size, sample_key)
+    entry = cache_dir / "tokenizers" / key[:16]
+    manifest = read_entry(entry)
+    if manifest is None or manifest.get("key") != key:
+        trained = train_bpe(sample(), config.vocab_size, progress=progress)
+        with new_entry(entry) as (folder, facts):
+            trained.save(folder / "tokenizer.json")
+            facts |= {"key": key, "vocab_size": trained.vocab_size}
+    return load_tokenizer(entry / "tokenizer.json")
