@@ -1,0 +1,298 @@
+"""What is a run made of? The frozen schema of a run's YAML, and how a file becomes a `RunConfig`.
+
+Defaults live in these classes alone; a YAML lists only what differs from them.
+"""
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from moe.config import ModelConfig, Section
+from moe.variants import Count, Natural, Real, Whole
+from train.arguments import apply_overrides
+from train.config_errors import Origin, explain, show
+from train.data import DataConfig
+from train.errors import ConfigError
+from train.tokenizer import TokenizerConfig
+from train.yaml_text import YAMLTextError, read_yaml, write_yaml
+
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
+
+    weight_decay acts on matrices only. gradient_clip: largest global gradient norm; null switches
+    clipping off.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    gradient_clip: Annotated[Real, Field(gt=0)] | None = 1.0
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps: a linear warm-up, then `name`.
+
+    cosine falls to final_fraction * learning_rate at the last step; constant stays; wsd stays and
+    falls linearly over the last decay_fraction of the steps (Hu et al., MiniCPM, arXiv 2404.06395).
+    warmup_steps null: a tenth of the steps, at most 100.
+    """
+
+    name: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_steps: Natural | None = None
+    decay_fraction: Fraction = 0.2
+    final_fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _without_effect(self) -> "ScheduleConfig":
+        default = ScheduleConfig.model_fields
+        problems = []
+        for key, used_by in {
+            "decay_fraction": ("wsd",),
+            "final_fraction": ("wsd", "cosine"),
+        }.items():
+            value = getattr(self, key)
+            if self.name not in used_by and value != default[key].default:
+                problems.append(
+                    f"schedule.{key} ({value}) has no effect with schedule.name {self.name};"
+                    f" leave it out or use {' or '.join(used_by)}"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, on what, and in which portions.
+
+    steps or tokens: optimizer steps, or training tokens (rounded up to whole steps); one of the
+    two, 1000 steps if neither is given. batch_size: sequences of seq_len tokens per optimizer step,
+    over all ranks. micro_batch_size: sequences per forward and rank; null takes all at once.
+    precision `auto` takes bfloat16 autocast where it is faster; weights are float32 always.
+    threads: of PyTorch on the CPU; null leaves its choice. nonfinite: what a loss or gradient of
+    inf or NaN does, `stop` or `skip` the step; neither touches the weights. debug looks for inf and
+    NaN at once, where they arise.
+    """
+
+    steps: Count | None = None
+    tokens: Count | None = None
+    seq_len: Count = 256
+    batch_size: Count = 16
+    micro_batch_size: Count | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    nonfinite: Literal["skip", "stop"] = "stop"
+    debug: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None is values.get("tokens"):
+            return {**values, "steps": 1000}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        problems = []
+        if self.steps is not None and self.tokens is not None:
+            problems.append(
+                f"training.steps ({self.steps}) and training.tokens ({self.tokens}) both set the"
+                " length; give one and leave the other out or null"
+            )
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            problems.append(
+                f"training.batch_size ({self.batch_size}) must be a multiple of"
+                f" training.micro_batch_size ({micro})"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class EvaluationConfig(Section):
+    """Validation loss per domain, and sample text.
+
+    every: optimizer steps between evaluations; 0 evaluates only at the end. batch_size: sequences
+    per forward. sample_tokens: new tokens for each of sample_prompts.
+    """
+
+    every: Natural = 0
+    batch_size: Count = 16
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: Count = 64
+
+
+class CheckpointConfig(Section):
+    """every: optimizer steps between checkpoints; 0 saves only at the end and when stopped.
+
+    keep_last: checkpoints kept. resume: `auto` goes on from the newest sound checkpoint if there is
+    one, `must` fails without one, `never` fails with one.
+    """
+
+    every: Natural = 500
+    keep_last: Count = 2
+    resume: Literal["auto", "never", "must"] = "auto"
+
+
+class LoggingConfig(Section):
+    """every, heatmap_every: optimizer steps between lines, and between load heat maps (0: none)."""
+
+    every: Count = 10
+    tensorboard: bool = True
+    heatmap_every: Natural = 100
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result, and where it is written."""
+
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/default"
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks and micro-batches."""
+        return self.training.batch_size * self.training.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; `training.tokens` is rounded up to whole steps."""
+        if self.training.tokens is not None:
+            return math.ceil(self.training.tokens / self.tokens_per_step)
+        assert self.training.steps is not None
+        return self.training.steps
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Optimizer steps of the linear warm-up."""
+        if self.schedule.warmup_steps is None:
+            return min(100, self.num_steps // 10)
+        return self.schedule.warmup_steps
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward when one rank reads the whole batch."""
+        return self.training.micro_batch_size or self.training.batch_size
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        problems = []
+        length = "training.steps" if self.training.tokens is None else "steps of training.tokens"
+        if self.num_warmup_steps >= self.num_steps:
+            problems.append(
+                f"schedule.warmup_steps ({self.num_warmup_steps}) must be below {length}"
+                f" ({self.num_steps}); null takes a tenth of the steps"
+            )
+        elif self.schedule.name == "wsd":
+            decay_steps = math.ceil(self.schedule.decay_fraction * self.num_steps)
+            if self.num_warmup_steps + decay_steps > self.num_steps:
+                problems.append(
+                    f"schedule.warmup_steps ({self.num_warmup_steps}) and"
+                    f" schedule.decay_fraction ({self.schedule.decay_fraction},"
+                    f" {decay_steps} steps) must fit into {length} ({self.num_steps})"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply overrides in their order, and validate the result.
+
+    An override is `section.key=value` with a YAML value; a number in the path is a place in a list
+    (`model.moe.losses.0.weight=0.02`), also in a default list that the file does not mention.
+
+    An override of a variant's `name` keeps the settings that the file gave the old variant. If the
+    new one lacks some of them, the run is refused with an error that writes out the replacement: a
+    setting dropped in silence would change what the run compares.
+
+    Args:
+        path: a YAML file.
+        overrides: as on the command line; `--local_rank=N` of a launcher is ignored.
+    Raises:
+        ConfigError: with one line for each mistake, `SOURCE: dotted.path: what was found, what is
+            allowed`; SOURCE is the file as given, or `command line`.
+    """
+    source = str(path)
+    values, problems = _read_file(Path(path))
+    origin, refused = apply_overrides(values, overrides, RunConfig, source)
+    if problems or refused:
+        raise ConfigError("\n".join([*problems, *refused]))
+    return _validate(values, origin)
+
+
+def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate settings that were read before, such as those saved in a checkpoint.
+
+    Raises:
+        ConfigError: with one line for each mistake, opening with `source`.
+    """
+    return _validate(values, Origin(source))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML of every setting, defaults included; loading it gives an equal `RunConfig`."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def _validate(values: dict[str, Any], origin: Origin) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = explain(error, RunConfig, values, origin)
+    raise ConfigError("\n".join(lines))
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings in the file, or {} and what is wrong with it."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return {}, [f"{path}: no such file{_nearest_file(path)}"]
+    except IsADirectoryError:
+        return {}, [f"{path}: a directory; give one YAML file in it"]
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        return {}, [f"{path}: not UTF-8 text ({found}); save the file as UTF-8"]
+    except OSError as error:
+        return {}, [f"{path}: cannot be read: {error.strerror}"]
+    try:
+        values = read_yaml(text)
+    except YAMLTextError as error:
+        return {}, [f"{path}: {problem}" for problem in error.problems]
+    if values is None:
+        return {}, [f"{path}: empty; a run's YAML has sections such as `model:` and `data:`"]
+    if not isinstance(values, dict):
+        return {}, [f"{path}: got {show(values)} at the top; needs sections such as `model:`"]
+    return values, []
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix == ".yaml"]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, siblings, n=1)
+    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
