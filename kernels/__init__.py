@@ -1,1 +1,1 @@
-"""Kernels of a sparse MoE transformer; import the submodules (this file imports nothing, so it cannot fail)."""
+"""Kernels of a sparse MoE transformer. Imports nothing, so it cannot fail: import the files."""

@@ -3,37 +3,11 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe.variants import ExpertsConfig, LossConfig, RouterConfig
-
-
-def _whole_number(value: Any) -> Any:
-    """Accept `1e9` and `1_000` for integers; leave the rest to pydantic, but never a boolean."""
-    if isinstance(value, bool):
-        raise ValueError("needs a whole number")
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("needs a number")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole_number)]
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-CountOrNone = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
-Real = Annotated[float, BeforeValidator(_number)]
+from moe.variants import Count, ExpertsConfig, LossConfig, Natural, Real, RouterConfig
 
 
 class Section(BaseModel):
@@ -61,19 +35,20 @@ class AttentionConfig(Section):
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
-    intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one shared
-    expert, by default that of a routed one. layers: `all`, or `{every: n}` (layers n-1, 2n-1, ...),
-    or `{first_dense: n}` (all after n dense ones). dense_intermediate_size: width of the dense
-    feed-forward layers among them, by default of equal active FLOPs. capacity_factor (an expert's
-    share of T*K/E): None is dropless, the only choice so far.
+    intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one
+    shared expert, by default that of a routed one. first_dense: that many layers at the bottom are
+    dense; every: of the others, each n-th is routed (1: all) and the rest dense.
+    dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
+    capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
+    allow_non_causal: permit a router that sees later tokens.
     """
 
     num_experts: Count = 8
     intermediate_size: Count = 256
-    num_shared_experts: CountOrNone = 0
+    num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
     every: Count = 1
-    first_dense: CountOrNone = 0
+    first_dense: Natural = 0
     dense_intermediate_size: Count | None = None
     capacity_factor: None = None
     allow_non_causal: bool = False
@@ -103,3 +78,97 @@ class ModelConfig(Section):
     lm_z_loss_weight: Annotated[Real, Field(ge=0)] = 0.0
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+
+    @property
+    def head_dim(self) -> int:
+        """P."""
+        return self.attention.head_dim or self.hidden_size // self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G."""
+        return self.attention.num_kv_heads or self.attention.num_heads
+
+    @property
+    def dense_intermediate_size(self) -> int:
+        """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
+
+        A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
+        of its K routed and its shared experts and the D E of its router.
+        """
+        moe = self.moe
+        if moe.dense_intermediate_size is not None:
+            return moe.dense_intermediate_size
+        shared = moe.num_shared_experts * self.shared_intermediate_size
+        return self.top_k * moe.intermediate_size + shared + round(moe.num_experts / 3)
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Inner width of one shared expert."""
+        return self.moe.shared_intermediate_size or self.moe.intermediate_size
+
+    @property
+    def top_k(self) -> int:
+        """K, the router's."""
+        return self.moe.router.top_k  # type: ignore[attr-defined]
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block number `layer`, from 0, has routed experts."""
+        if self.feed_forward == "dense" or layer < self.moe.first_dense:
+            return False
+        return (layer - self.moe.first_dense + 1) % self.moe.every == 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the blocks with routed experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.is_moe_layer(layer))
+
+    @model_validator(mode="after")
+    def _attention_fits(self):
+        attention = self.attention
+        if attention.head_dim is None and self.hidden_size % attention.num_heads:
+            raise ValueError(
+                f"model.hidden_size ({self.hidden_size}) must be a multiple of "
+                f"model.attention.num_heads ({attention.num_heads}), or give "
+                f"model.attention.head_dim"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.attention.head_dim ({self.head_dim}) must be even: RoPE rotates pairs"
+            )
+        if attention.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.attention.num_heads ({attention.num_heads}) must be a multiple of "
+                f"model.attention.num_kv_heads ({self.num_kv_heads})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self):
+        moe = self.moe
+        if self.top_k > moe.num_experts:
+            raise ValueError(
+                f"model.moe.router.top_k ({self.top_k}) must not exceed "
+                f"model.moe.num_experts ({moe.num_experts})"
+            )
+        if self.feed_forward == "moe" and not self.moe_layers:
+            raise ValueError(
+                f"model.moe.first_dense ({moe.first_dense}) and model.moe.every ({moe.every}) "
+                f"leave no routed layer among model.num_layers ({self.num_layers}); lower them, or "
+                f"set model.feed_forward: dense"
+            )
+        if moe.shared_intermediate_size is not None and moe.num_shared_experts == 0:
+            raise ValueError(
+                f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
+                f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        names = [loss.name for loss in moe.losses]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"model.moe.losses names {name} twice; keep one line")
+        return self
+
+
+def dense_equivalent(config: ModelConfig) -> ModelConfig:
+    """The dense baseline of `config`: the same model without experts, at equal active FLOPs."""
+    return config.model_copy(update={"feed_forward": "dense"})

@@ -1,12 +1,13 @@
 """How does `name: topk` in a config become the code in `moe/routers/topk.py`?
 
 A variant is one module in `moe/routers`, `moe/losses` or `moe/experts`, found by its file name; a
-name with a dot (`my_lab.sinkhorn`) is imported as it stands, so that a private variant needs no fork.
-Each module has a `Config` (a `VariantConfig`) and the class or function that the config switches on:
+name with a dot (`my_lab.sinkhorn`) is imported as it stands, so a private variant needs no fork.
+Each module has a `Config` (a `VariantConfig`) and the class or function that it switches on:
 
-    routers   `Router(config, hidden_size, num_experts)`   nn.Module: forward(x, context) -> Routing
-    losses    `loss(config, routing, context)`             function: one layer's Routing -> scalar
-    experts   `Experts(config, num_experts, hidden_size, intermediate_size)`   nn.Module
+    routers   class Router(config, hidden_size, num_experts): forward(x, context) -> Routing
+    losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
+    experts   class Experts(config, num_experts, hidden_size, intermediate_size):
+              forward(rows, tokens_per_expert) -> rows
 """
 
 import importlib
@@ -15,7 +16,31 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+
+
+def _whole_number(value: Any) -> Any:
+    """Accept `1e9` for integers, refuse booleans, and leave the rest to pydantic."""
+    if isinstance(value, bool):
+        raise ValueError("needs a whole number")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("needs a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole_number)]
+Natural = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_no_boolean)]
 
 
 class VariantConfig(BaseModel):

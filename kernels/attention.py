@@ -1,0 +1,171 @@
+"""Causal attention with grouped queries, a window and packed documents.
+
+    scores[i, j] = scale * q_i . k_j,   out_i = sum_j softmax_j(scores[i, :])_j v_j
+
+over the keys j that query i may see: not after it, of its own document, and at most `window` - 1
+before it. H query heads share G key-value heads: head h reads key-value head h // (H/G). With fewer
+queries than keys (a KV cache), the last query is aligned with the last key.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+
+# Rows of queries per block of the short-sequence path; keys after a block are never computed.
+BLOCK_QUERIES = 128
+# Up to here the plain path beats the flash kernel on a CPU (1.1-1.4 times in float32, 1.8-2.8 in
+# bfloat16, forward and backward); beyond, the probabilities it saves (H S^2 / 2 a row) grow large.
+SHORT_KEYS = 1024
+
+
+def visible_keys(
+    num_queries: int,
+    num_keys: int,
+    document_ids: Tensor | None,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """True where a query may see a key: (1 or B, num_queries, num_keys)."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(-1)
+    key = torch.arange(num_keys, device=device)
+    visible = (key <= query).unsqueeze(0)  # (1, S, S_k)
+    if window is not None:
+        visible = visible & (key > query - window)
+    if document_ids is not None:
+        own = document_ids[:, num_keys - num_queries :].unsqueeze(-1) == document_ids.unsqueeze(1)
+        visible = visible & own  # (B, S, S_k)
+    return visible
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Plain matmul, softmax, matmul by blocks of queries, keeping the probabilities.
+
+    On a CPU and at short sequences this beats the flash kernel, whose backward pass is slow there.
+    q (B, H, S, P), k and v (B, G, S_k, P), visible (1 or B, S, S_k).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, visible, scale):
+        batch, num_heads, num_queries, head_dim = q.shape
+        groups = k.shape[1]
+        shared = num_heads // groups
+        # Heads that share keys are stacked along the queries: (B*G, shared, S, P).
+        q = q.reshape(batch * groups, shared, num_queries, head_dim)
+        k = k.reshape(batch * groups, -1, head_dim)
+        v = v.reshape(batch * groups, -1, head_dim)
+        lag = k.shape[1] - num_queries
+        hidden = ~visible
+        out = torch.empty_like(q)
+        saved = []
+        for first in range(0, num_queries, BLOCK_QUERIES):
+            end = min(first + BLOCK_QUERIES, num_queries)
+            seen = end + lag
+            q_block = q[:, :, first:end].reshape(batch * groups, -1, head_dim)
+            scores = torch.bmm(q_block, k[:, :seen].transpose(1, 2)).mul_(scale)
+            by_head = scores.view(batch, num_heads, end - first, seen)
+            by_head.masked_fill_(hidden[:, first:end, :seen].unsqueeze(1), -torch.inf)
+            probs = torch.softmax(scores, -1)  # (B*G, shared * block, seen)
+            out[:, :, first:end] = torch.bmm(probs, v[:, :seen]).view(
+                batch * groups, shared, end - first, head_dim
+            )
+            saved.append(probs)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.scale, ctx.shape = scale, (batch, num_heads, groups)
+        return out.view(batch, num_heads, num_queries, head_dim)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, *saved = ctx.saved_tensors
+        batch, num_heads, groups = ctx.shape
+        num_queries, head_dim = q.shape[2:]
+        grad_out = grad_out.reshape(q.shape)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for first, probs in zip(range(0, num_queries, BLOCK_QUERIES), saved, strict=True):
+            end, seen = min(first + BLOCK_QUERIES, num_queries), probs.shape[-1]
+            g = grad_out[:, :, first:end].reshape(batch * groups, -1, head_dim)
+            q_block = q[:, :, first:end].reshape(batch * groups, -1, head_dim)
+            # Not baddbmm_: into a slice it falls back to one small matmul a head.
+            grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
+            grad_probs = torch.bmm(g, v[:, :seen].transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            grad_scores *= ctx.scale
+            grad_q[:, :, first:end] = torch.bmm(grad_scores, k[:, :seen]).view(
+                q[:, :, first:end].shape
+            )
+            grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q_block)
+        shape_kv = (batch, groups, -1, head_dim)
+        return (
+            grad_q.view(batch, num_heads, num_queries, head_dim),
+            grad_k.view(shape_kv),
+            grad_v.view(shape_kv),
+            None,
+            None,
+        )
+
+
+def _prefers_short_path(q: Tensor, num_keys: int) -> bool:
+    return q.device.type == "cpu" and num_keys <= SHORT_KEYS
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention that does not cross documents.
+
+    Args:
+        q: (B, S, H, P). k, v: (B, S_k, G, P) with G dividing H and S_k >= S; the last query is
+            aligned with the last key.
+        document_ids: (B, S_k) int, equal within a document; None: one document a row.
+        window: keys that a query sees, itself included; None: all before it.
+        scale: of the scores, by default 1/sqrt(P).
+        deterministic: equal bits from equal calls; the PyTorch bodies always are.
+        backend: `auto`, `triton` or `torch`.
+    Returns:
+        (B, S, H, P) in the dtype of the matmuls (autocast's, else that of `q`).
+    Raises:
+        ValueError: if the shapes do not fit or `window` is not positive.
+    Source: Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
+    """
+    op = "fused_attention"
+    check_shape(op, "q", q, (None, None, None, None))
+    batch, num_queries, num_heads, head_dim = q.shape
+    check_shape(op, "k", k, (batch, None, None, head_dim))
+    check_shape(op, "v", v, tuple(k.shape))
+    num_keys, groups = k.shape[1:3]
+    if num_heads % groups:
+        raise ValueError(f"{op}: {num_heads} query heads cannot share {groups} key-value heads")
+    if num_keys < num_queries:
+        raise ValueError(f"{op}: {num_queries} queries but only {num_keys} keys")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window ({window}) must be at least 1")
+    if document_ids is not None:
+        check_shape(op, "document_ids", document_ids, (batch, num_keys))
+    resolve_backend(op, backend, q)
+    scale = head_dim**-0.5 if scale is None else scale
+    dtype = compute_dtype(q)
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, heads, S, P)
+    plain_causal = document_ids is None and window is None and num_keys == num_queries
+    with no_autocast(q):
+        if _prefers_short_path(q, num_keys):
+            visible = visible_keys(num_queries, num_keys, document_ids, window, q.device)
+            out = _ShortAttention.apply(q, k, v, visible, scale)
+        elif plain_causal:
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )
+        else:
+            mask = visible_keys(num_queries, num_keys, document_ids, window, q.device).unsqueeze(1)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+    return out.transpose(1, 2)  # (B, S, H, P)

@@ -1,0 +1,113 @@
+"""Linear layer and cross entropy in one, without the (T, V) logits in memory.
+
+With z = weight @ x_t and lse_t = logsumexp(z), over the N tokens whose label is not ignored:
+
+    loss = (1/N) sum_t (lse_t - z[label_t])  +  z_loss
+    z_loss = (z_loss_weight / N) sum_t lse_t^2
+    dz_t = (1/N) ((1 + 2 z_loss_weight lse_t) softmax(z_t) - onehot(label_t))
+
+Works through blocks of rows; where a gradient is wanted, it is computed in the forward pass, while
+the block's probabilities are in the cache, so that the backward pass only scales it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+
+# Elements of one block of logits: 2^22 float32 are 16 MiB, near the size of a last-level cache.
+BLOCK_ELEMENTS = 1 << 22
+
+
+class LinearCrossEntropy(NamedTuple):
+    """loss () float32, z_loss () its part that is the z-loss, num_tokens () int64 counted."""
+
+    loss: Tensor
+    z_loss: Tensor
+    num_tokens: Tensor
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype):
+        wants_grad = x.requires_grad or weight.requires_grad
+        valid = labels != ignore_index
+        num_tokens = valid.sum()
+        wide = torch.promote_types(dtype, torch.float32)
+        per_token = valid.to(wide) / num_tokens.clamp(min=1)  # (T,) 1/N, 0 where ignored
+        xs, w = x.to(dtype), weight.to(dtype)
+        grad_x = torch.empty_like(xs if wants_grad else xs[:0])
+        grad_w = torch.zeros_like(weight if wants_grad else weight[:0], dtype=wide)
+        nll_sum, z_sum = xs.new_zeros((), dtype=wide), xs.new_zeros((), dtype=wide)
+        block = max(64, BLOCK_ELEMENTS // weight.shape[0])
+        for first in range(0, xs.shape[0], block):
+            rows = slice(first, first + block)
+            logits = xs[rows] @ w.T  # (n, V)
+            target = labels[rows].masked_fill(~valid[rows], 0).unsqueeze(-1)  # (n, 1)
+            probs = torch.softmax(logits, -1, dtype=wide)  # (n, V)
+            # The largest probability is at least 1/V, so this logsumexp cannot underflow.
+            top = probs.amax(-1)
+            lse = logits.amax(-1).to(wide) - top.log()  # (n,)
+            share = per_token[rows]
+            nll_sum += torch.dot(share, lse - logits.gather(-1, target).squeeze(-1).to(wide))
+            z_sum += torch.dot(share, lse.square())
+            if wants_grad:
+                probs *= (share * (1 + 2 * z_loss_weight * lse)).unsqueeze(-1)
+                probs.scatter_add_(-1, target, -share.unsqueeze(-1))
+                grad_logits = probs.to(dtype)
+                torch.mm(grad_logits, w, out=grad_x[rows])
+                if dtype == wide:
+                    grad_w.addmm_(grad_logits.T, xs[rows])
+                else:
+                    grad_w += grad_logits.T @ xs[rows]
+        z_loss = z_loss_weight * z_sum
+        if wants_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+            ctx.dtypes = x.dtype, weight.dtype
+        ctx.mark_non_differentiable(z_loss, num_tokens)
+        return nll_sum + z_loss, z_loss, num_tokens
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_z_loss, _grad_num_tokens):
+        grad_x, grad_w = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        # Not in place: a graph that is kept may be walked again.
+        grad_x = grad_x * grad_loss.to(grad_x.dtype)
+        grad_w = grad_w * grad_loss
+        return grad_x.to(x_dtype), grad_w.to(w_dtype), None, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss_weight: float = 0.0,
+    backend: str = "auto",
+) -> LinearCrossEntropy:
+    """Mean cross entropy of a language-model head, in nats per token.
+
+    Args:
+        x: (T, D) final hidden states.
+        weight: (V, D) the head.
+        labels: (T,) int64 token ids, or `ignore_index`.
+        z_loss_weight: of the mean squared logsumexp, which is added to the loss.
+        backend: `auto`, `triton` or `torch`.
+    Returns:
+        LinearCrossEntropy(loss, z_loss, num_tokens); `loss` is 0 where every label is ignored, and
+        alone carries a gradient. Softmax and sums are in float32.
+    Raises:
+        ValueError: if the shapes do not fit.
+    Source: the gradient in the forward pass as in Liger-Kernel, arXiv 2410.10989.
+    """
+    check_shape("linear_cross_entropy", "weight", weight, (None, None))
+    check_shape("linear_cross_entropy", "x", x, (None, weight.shape[1]))
+    check_shape("linear_cross_entropy", "labels", labels, (x.shape[0],))
+    resolve_backend("linear_cross_entropy", backend, x)
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        outputs = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, z_loss_weight, dtype)
+    return LinearCrossEntropy(*outputs)

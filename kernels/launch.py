@@ -1,0 +1,62 @@
+"""Which implementation runs a kernel, in which dtype, and are its inputs what it needs?
+
+`backend` is `auto`, `triton` or `torch`, and never falls back in silence: `auto` takes Triton for a
+CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere; `triton` raises where
+there is none.
+"""
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool = False) -> str:
+    """Return `triton` or `torch`, the implementation of `op` that runs on `x`.
+
+    Raises:
+        ValueError: if `backend` is unknown, or `triton` is asked for and `op` has no such kernel or
+            `x` is not on a GPU.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend ({backend!r}) must be one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        if not has_triton:
+            raise ValueError(
+                f"{op}: backend 'triton' has no kernel for this operation; use 'auto' or 'torch'"
+            )
+        if x.device.type != "cuda":
+            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}")
+        return "triton"
+    if backend == "auto" and has_triton and x.device.type == "cuda":
+        return "triton"
+    return "torch"
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of the matmuls on `x`: autocast's where that is on for the device, else its own."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def no_autocast(x: torch.Tensor) -> torch.autocast:
+    """A context in which autocast leaves `x`'s device alone: kernels choose dtypes themselves."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def check_shape(op: str, name: str, x: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless `x` has `shape`; None in `shape` stands for any size."""
+    fits = x.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, needs ({wanted})")
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless all given tensors live on one device."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: tensors on different devices: {listed}")

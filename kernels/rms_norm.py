@@ -1,0 +1,61 @@
+"""RMS normalisation over the last dimension.
+
+    y = x / sqrt(mean(x^2) + eps) * weight
+
+With r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
+
+    dx = r g - x r^3 mean(g x),   dweight = sum over rows of dy x r
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+
+
+class _RMSNorm(torch.autograd.Function):
+    # A Function, since autograd through the formula keeps and walks eight full-size temporaries.
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        # Squares and their mean in float32: bfloat16 has 8 bits, too few to sum D terms.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        flat = wide.reshape(-1, wide.shape[-1])
+        mean_square = torch.linalg.vecdot(flat, flat).div_(flat.shape[-1]).add_(eps)
+        inverse = mean_square.rsqrt_().unsqueeze(-1)  # (rows, 1)
+        y = (flat * inverse).mul_(weight)
+        ctx.save_for_backward(x, weight, inverse)
+        return y.to(dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, inverse = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1]).to(inverse.dtype)
+        grad = grad_y.reshape(flat.shape).to(inverse.dtype)
+        normed = flat * inverse  # (rows, D)
+        grad_weight = torch.linalg.vecdot(grad, normed, dim=0).to(weight.dtype)
+        g = grad * weight
+        dot = torch.linalg.vecdot(g, normed).div_(g.shape[-1]).unsqueeze(-1)  # (rows, 1)
+        grad_x = g.addcmul_(normed, dot, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype).view(x.shape), grad_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto") -> Tensor:
+    """Normalise each vector of the last dimension to a root mean square of 1, then scale.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+        eps: added to the mean square.
+        backend: `auto`, `triton` or `torch`.
+    Returns:
+        Shape of `x`, in autocast's dtype where that is on (the next operation is a matmul, which
+        would cast it anyway), else that of `x`. Computed in float32.
+    Raises:
+        ValueError: if `weight` has not the size of the last dimension.
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+    check_shape("rms_norm", "weight", weight, (x.shape[-1],))
+    resolve_backend("rms_norm", backend, x)
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        return _RMSNorm.apply(x, weight, eps, dtype)

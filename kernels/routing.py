@@ -1,0 +1,110 @@
+"""Which K experts does each token choose, and with what weights? Score function and top-k in one.
+
+    probs = softmax(logits)  or  sigmoid(logits)                          (T, E) float32
+    topk_indices[t] = the K largest of probs[t] + bias, ties to the lowest index
+    topk_weights[t, k] = probs[t, topk_indices[t, k]], divided by their sum if `normalize`
+
+The bias enters the choice only, never the weights (loss-free balancing, arXiv 2408.15664).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.launch import check_shape, no_autocast, resolve_backend
+
+SCORES = ("softmax", "sigmoid")
+
+
+class TopK(NamedTuple):
+    """topk_weights (T, K) float32; topk_indices (T, K) int64; router_probs (T, E) float32."""
+
+    topk_weights: Tensor
+    topk_indices: Tensor
+    router_probs: Tensor
+
+
+def lowest_index_topk(scores: Tensor, top_k: int) -> Tensor:
+    """Indices (T, K) of the K largest of each row, in falling order; ties go to the lowest index.
+
+    `torch.topk` leaves the order of ties open; `argmax` returns the first maximum. K passes of it
+    are quicker on a CPU than a stable sort of all E, up to K of about 16.
+    """
+    if top_k > 16:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    scores = scores.clone()
+    columns = []
+    for _ in range(top_k):
+        best = scores.argmax(-1, keepdim=True)
+        scores.scatter_(-1, best, -torch.inf)
+        columns.append(best)
+    return torch.cat(columns, dim=-1)
+
+
+def _mask_groups(scores: Tensor, num_groups: int, groups_kept: int) -> Tensor:
+    """Lower experts outside each token's best groups to -inf; a group scores by its best two."""
+    grouped = scores.view(scores.shape[0], num_groups, -1)  # (T, groups, E / groups)
+    group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, groups)
+    kept = lowest_index_topk(group_score, groups_kept)
+    outside = torch.ones_like(group_score, dtype=torch.bool).scatter_(-1, kept, False)
+    return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).view_as(scores)
+
+
+def fused_topk(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = True,
+    bias: Tensor | None = None,
+    groups: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> TopK:
+    """Score the experts and choose K of them for each token; always in float32.
+
+    Args:
+        router_logits: (T, E).
+        top_k: K, at most E.
+        score: `softmax` over the experts, or `sigmoid` of each.
+        normalize: divide the chosen weights by their sum (so that they sum to 1).
+        bias: (E,) added for the choice only.
+        groups: (number of groups of neighbouring experts, groups that a token may use).
+        backend: `auto`, `triton` or `torch`.
+    Returns:
+        TopK(topk_weights, topk_indices, router_probs); gradients flow to `router_logits`.
+    Raises:
+        ValueError: on a wrong shape, K > E, an unknown score, or groups that do not divide E or
+            leave fewer than K experts.
+    Source: group limit as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    check_shape("fused_topk", "router_logits", router_logits, (None, None))
+    num_experts = router_logits.shape[-1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"fused_topk: top_k ({top_k}) must be from 1 to num_experts ({num_experts})"
+        )
+    if score not in SCORES:
+        raise ValueError(f"fused_topk: score ({score!r}) must be one of {', '.join(SCORES)}")
+    resolve_backend("fused_topk", backend, router_logits)
+    with no_autocast(router_logits):
+        # bfloat16 scores tie and flip choices; the router is in float32 whatever the model is in.
+        wide = torch.promote_types(router_logits.dtype, torch.float32)
+        logits = router_logits.to(wide)
+        probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
+        choice = probs.detach() if bias is None else probs.detach() + bias.to(wide)
+        if groups is not None:
+            num_groups, groups_kept = groups
+            size, rest = divmod(num_experts, num_groups)
+            if rest or not 1 <= groups_kept <= num_groups or size * groups_kept < top_k:
+                raise ValueError(
+                    f"fused_topk: groups {groups} must divide num_experts ({num_experts}) and "
+                    f"leave at least top_k ({top_k}) experts"
+                )
+            choice = _mask_groups(choice, num_groups, groups_kept)
+        topk_indices = lowest_index_topk(choice, top_k)  # (T, K)
+        topk_weights = probs.gather(-1, topk_indices)  # (T, K)
+        if normalize:
+            # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    return TopK(topk_weights, topk_indices, probs)

@@ -1,0 +1,273 @@
+"""The fused expert layer: gather -> up and SwiGLU -> down -> weighted sum, and its backward.
+
+For token t, its experts e = e(t, k) and combine weights s = topk_weights[t, k]:
+
+    gate = w1[e] x_t,   up = w3[e] x_t,   a = silu(gate) * up,   y = w2[e] a
+    out[t] = sum_k s y
+
+With a clamp c: gate = min(gate, c), up = clip(up, -c, c) before the product (DeepSeek-V4).
+
+Backward without y and without a gathered copy of x or of the output gradient g (SonicMoE, arXiv
+2512.14080): da' = w2[e]^T g_t, ds = <da', a> (= <g_t, y>), da = s da'. What is saved, per row:
+
+    save="x"     nothing: gate and up are computed again (about 22 % more work)
+    save="xh"    gate and up (2F), the default
+    save="xha"   gate, up and a (3F)
+
+Rows, T, K, R as in the data map of `kernels.dispatch`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
+from kernels.grouped_matmul import rows_in_use, segments, zero_idle_experts, zero_unused_rows
+from kernels.launch import (
+    check_same_device,
+    check_shape,
+    compute_dtype,
+    no_autocast,
+    resolve_backend,
+)
+
+SAVE = ("x", "xh", "xha")
+
+
+class _Options(NamedTuple):
+    clamp: float | None
+    save: str
+    dtype: torch.dtype
+
+
+def _swiglu(gate: Tensor, up: Tensor, clamp: float | None) -> Tensor:
+    """a = silu(gate) * up, (n, F)."""
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(
+    grad_a: Tensor, gate: Tensor, up: Tensor, clamp: float | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, each (n, F), from that of a."""
+    if clamp is None:
+        grad_up = F.silu(gate).mul_(grad_a)
+        return torch.ops.aten.silu_backward(grad_a * up, gate), grad_up
+    gate_in, up_in = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    grad_up = F.silu(gate_in).mul_(grad_a).masked_fill_(up.abs() > clamp, 0)
+    grad_gate = torch.ops.aten.silu_backward(grad_a * up_in, gate_in)
+    return grad_gate.masked_fill_(gate > clamp, 0), grad_up
+
+
+def _up_projection(x_rows: Tensor, w1: Tensor, w3: Tensor, spans) -> tuple[Tensor, Tensor]:
+    """gate and up of all rows, each (R, F)."""
+    gate = x_rows.new_empty(x_rows.shape[0], w1.shape[1])
+    up = torch.empty_like(gate)
+    for e, first, end in spans:
+        torch.mm(x_rows[first:end], w1[e].T, out=gate[first:end])
+        torch.mm(x_rows[first:end], w3[e].T, out=up[first:end])
+    return gate, up
+
+
+class _SwigluExpertsSorted(torch.autograd.Function):
+    """y for rows that are sorted by expert already; `scale` (R,) multiplies y where given."""
+
+    @staticmethod
+    def forward(ctx, x_rows, w1, w2, w3, scale, expert_offsets, options):
+        spans = segments(expert_offsets)
+        ctx.dtypes = x_rows.dtype, w1.dtype
+        x_rows, w1, w2, w3 = (t.to(options.dtype) for t in (x_rows, w1, w2, w3))
+        gate, up = _up_projection(x_rows, w1, w3, spans)
+        y = torch.empty_like(x_rows)
+        zero_unused_rows(spans, y)
+        activations = torch.empty_like(gate) if options.save == "xha" else None
+        for e, first, end in spans:
+            a = _swiglu(gate[first:end], up[first:end], options.clamp)
+            torch.mm(a, w2[e].T, out=y[first:end])
+            if activations is not None:
+                activations[first:end] = a
+        if scale is not None:
+            y *= scale.unsqueeze(-1)
+        saved_h = (gate, up) if options.save != "x" else (None, None)
+        ctx.save_for_backward(x_rows, w1, w2, w3, scale, *saved_h, activations)
+        ctx.spans, ctx.options = spans, options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x_rows, w1, w2, w3, scale, *saved = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        grads = _backward_rows(
+            grad_y.contiguous(), x_rows, (w1, w2, w3), scale, saved, ctx.spans, ctx.options, w_dtype
+        )
+        grad_x, grad_scale, grad_w1, grad_w2, grad_w3 = grads
+        grad_scale = None if scale is None else grad_scale.to(scale.dtype)
+        return grad_x.to(x_dtype), grad_w1, grad_w2, grad_w3, grad_scale, None, None
+
+
+def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight_dtype):
+    """The backward pass over sorted rows.
+
+    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights.
+    Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3.
+    """
+    w1, w2, w3 = weights
+    gate, up, activations = saved
+    if gate is None:
+        gate, up = _up_projection(x_rows, w1, w3, spans)
+    grad_x = torch.empty_like(x_rows)
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    grad_scale = grad_y.new_empty(x_rows.shape[0], dtype=wide)
+    zero_unused_rows(spans, grad_x, grad_scale)
+    grad_weights = [torch.empty_like(w, dtype=weight_dtype) for w in weights]
+    zero_idle_experts(spans, *grad_weights)
+    for e, first, end in spans:
+        rows = slice(first, end)
+        g, x = grad_y[rows], x_rows[rows]
+        a = activations[rows] if activations is not None else None
+        if a is None:
+            a = _swiglu(gate[rows], up[rows], options.clamp)  # (n, F)
+        grad_a = g @ w2[e]  # (n, F), before the combine weight
+        if scale is not None:
+            grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
+            s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
+            grad_a, a = grad_a.mul_(s), a * s
+        grad_gate, grad_up = _swiglu_backward(grad_a, gate[rows], up[rows], options.clamp)
+        torch.mm(grad_gate, w1[e], out=grad_x[rows])
+        grad_x[rows].addmm_(grad_up, w3[e])
+        for buffer, left, right in zip(
+            grad_weights, (grad_gate, g, grad_up), (x, a, x), strict=True
+        ):
+            if buffer.dtype == left.dtype:
+                torch.mm(left.T, right, out=buffer[e])
+            else:
+                buffer[e] = left.T @ right
+    return grad_x, grad_scale, *grad_weights
+
+
+class _SwigluExperts(torch.autograd.Function):
+    """The whole layer on (T, D): gathers, experts and weighted sum in one autograd node."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, w3, topk_weights, plan, options):
+        spans = segments(plan.expert_offsets)
+        ctx.dtypes = x.dtype, w1.dtype
+        x, w1, w2, w3 = (t.to(options.dtype) for t in (x, w1, w2, w3))
+        x_rows = x.index_select(0, plan.token_of_row)  # (R, D)
+        gate, up = _up_projection(x_rows, w1, w3, spans)
+        y = torch.empty_like(x_rows)
+        activations = torch.empty_like(gate) if options.save == "xha" else None
+        for e, first, end in spans:
+            a = _swiglu(gate[first:end], up[first:end], options.clamp)
+            torch.mm(a, w2[e].T, out=y[first:end])
+            if activations is not None:
+                activations[first:end] = a
+        out = sum_rows(y, plan.row_of, rows_in_use(spans), topk_weights)  # (T, D)
+        saved_h = (gate, up) if options.save != "x" else (None, None)
+        ctx.save_for_backward(x, w1, w2, w3, topk_weights, *saved_h, activations)
+        ctx.plan, ctx.spans, ctx.options = plan, spans, options
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, w1, w2, w3, topk_weights, *saved = ctx.saved_tensors
+        plan, spans = ctx.plan, ctx.spans
+        x_dtype, w_dtype = ctx.dtypes
+        grad_y = grad_out.to(x.dtype).index_select(0, plan.token_of_row)  # (R, D)
+        x_rows = x.index_select(0, plan.token_of_row)
+        scale = weights_by_row(plan, topk_weights)
+        grads = _backward_rows(
+            grad_y, x_rows, (w1, w2, w3), scale, saved, spans, ctx.options, w_dtype
+        )
+        grad_rows, grad_scale, grad_w1, grad_w2, grad_w3 = grads
+        grad_x = sum_rows(grad_rows, plan.row_of, rows_in_use(spans), None).to(x_dtype)
+        grad_weights = grad_scale.to(topk_weights.dtype)[plan.row_of.clamp(min=0)]
+        grad_weights = grad_weights.masked_fill_(plan.row_of < 0, 0)
+        return grad_x, grad_w1, grad_w2, grad_w3, grad_weights, None, None
+
+
+def _check(op: str, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, save: str) -> None:
+    check_shape(op, "w1", w1, (None, None, None))
+    num_experts, inner, hidden = w1.shape
+    check_shape(op, "w3", w3, (num_experts, inner, hidden))
+    check_shape(op, "w2", w2, (num_experts, hidden, inner))
+    check_shape(op, "x", x, (None, hidden))
+    check_same_device(op, x=x, w1=w1, w2=w2, w3=w3)
+    if save not in SAVE:
+        raise ValueError(f"{op}: save ({save!r}) must be one of {', '.join(SAVE)}")
+
+
+def swiglu_experts(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    plan: DispatchPlan,
+    topk_weights: Tensor,
+    *,
+    clamp: float | None = None,
+    save: str = "xh",
+    backend: str = "auto",
+) -> Tensor:
+    """Apply each token's SwiGLU experts and sum their outputs, weighted by the router.
+
+    Args:
+        x: (T, D).
+        w1, w3: (E, F, D), gate and up. w2: (E, D, F), down. Laid out as in `nn.Linear`.
+        plan: DispatchPlan of the same tokens.
+        topk_weights: (T, K) combine weights; 0 where the plan has no assignment.
+        clamp: bound of gate and up before their product; None for none.
+        save: what the backward pass keeps, see above.
+        backend: `auto`, `triton` or `torch`.
+    Returns:
+        (T, D) in the dtype of the matmuls (autocast's, else that of `x`).
+    Raises:
+        ValueError: if shapes or devices do not fit.
+    Source: Shazeer, GLU variants, arXiv 2002.05202; backward: SonicMoE, arXiv 2512.14080.
+    """
+    _check("swiglu_experts", x, w1, w2, w3, save)
+    check_shape("swiglu_experts", "plan.row_of", plan.row_of, tuple(topk_weights.shape))
+    check_shape("swiglu_experts", "x", x, (plan.row_of.shape[0], None))
+    check_shape("swiglu_experts", "plan.expert_offsets", plan.expert_offsets, (w1.shape[0] + 1,))
+    resolve_backend("swiglu_experts", backend, x)
+    options = _Options(clamp, save, compute_dtype(x))
+    with no_autocast(x):
+        return _SwigluExperts.apply(x, w1, w2, w3, topk_weights, plan, options)
+
+
+def swiglu_experts_sorted(
+    rows: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    expert_offsets: Tensor,
+    *,
+    scale: Tensor | None = None,
+    clamp: float | None = None,
+    save: str = "xh",
+    backend: str = "auto",
+) -> Tensor:
+    """Apply one SwiGLU expert to each row, for rows that arrive sorted (after an all-to-all).
+
+    Args:
+        rows: (R, D), sorted by expert.
+        w1, w3: (E, F, D). w2: (E, D, F).
+        expert_offsets: (E+1,) int64; rows behind the last are unused: never read, 0 in the output.
+        scale: (R,) factor of each row's output; None for 1.
+        clamp, save, backend: as in `swiglu_experts`.
+    Returns:
+        (R, D) in the dtype of the matmuls (autocast's, else that of `rows`).
+    Raises:
+        ValueError: if shapes or devices do not fit.
+    """
+    _check("swiglu_experts_sorted", rows, w1, w2, w3, save)
+    check_shape("swiglu_experts_sorted", "expert_offsets", expert_offsets, (w1.shape[0] + 1,))
+    if scale is not None:
+        check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))
+    resolve_backend("swiglu_experts_sorted", backend, rows)
+    options = _Options(clamp, save, compute_dtype(rows))
+    with no_autocast(rows):
+        return _SwigluExpertsSorted.apply(rows, w1, w2, w3, scale, expert_offsets, options)

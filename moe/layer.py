@@ -1,0 +1,97 @@
+"""The feed-forward layers: routed experts (with shared ones beside them), and the dense baseline.
+
+1. the router chooses K experts for each token
+2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
+5. shared experts, which every token passes, are added
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.dispatcher import local_dispatch
+from moe.routing import RouterContext, Routing
+from moe.variants import load_variant
+
+
+class DenseFeedForward(nn.Module):
+    """SwiGLU of one width for all tokens: (T, D) -> (T, D)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MoELayer(nn.Module):
+    """Routed experts: (T, D) -> (T, D) and the Routing of these tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        moe = config.moe
+        hidden = config.hidden_size
+        self.router = load_variant("routers", moe.router.name).Router(
+            moe.router, hidden, moe.num_experts
+        )
+        if not self.router.causal and not moe.allow_non_causal:
+            raise ValueError(
+                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
+                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
+            )
+        self.experts = self.build_experts(config)
+        self.shared_experts = None
+        if moe.num_shared_experts:
+            width = moe.num_shared_experts * config.shared_intermediate_size
+            self.shared_experts = DenseFeedForward(hidden, width)
+
+    def build_experts(self, config: ModelConfig) -> nn.Module:
+        """All experts of the layer; an expert-parallel layer builds its own share instead."""
+        module = load_variant("experts", config.moe.experts.name)
+        return module.Experts(
+            config.moe.experts,
+            config.moe.num_experts,
+            config.hidden_size,
+            config.moe.intermediate_size,
+        )
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
+        """Steps 2-4; an expert-parallel layer puts an all-to-all around it."""
+        return local_dispatch(self.experts, x, routing)
+
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
+        routing = self.router(x, context)
+        out = self.dispatch(x, routing)  # (T, D)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, routing
+
+
+def count_active(layer: nn.Module, config: ModelConfig) -> int:
+    """Weights of a feed-forward layer that one token is multiplied with."""
+    total = sum(p.numel() for p in layer.parameters())
+    if not isinstance(layer, MoELayer):
+        return total
+    experts = sum(p.numel() for p in layer.experts.parameters())
+    return total - experts + experts * config.top_k // config.moe.num_experts
+
+
+def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:
+    """Normal weights; each expert from a stream of its own, named by its global id.
+
+    seed_of(name) -> torch.Generator. std: of all matrices but those into the residual stream,
+    which get out_std.
+    """
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            scale = out_std if name.split(".")[-1] == "w2" or ".w2." in f".{name}" else std
+            if parameter.dim() < 3:
+                parameter.normal_(0, scale, generator=seed_of(name))
+                continue
+            first = getattr(layer, "first_expert", 0)
+            for local, expert in enumerate(parameter):
+                expert.normal_(0, scale, generator=seed_of(f"{name}.{first + local}"))

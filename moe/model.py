@@ -1,0 +1,272 @@
+"""The language model: token embedding, pre-norm blocks of attention and feed-forward, head.
+
+x = embedding[input_ids]                                  (B, S, D)
+for each block:  x = x + attention(norm(x));  x = x + feed_forward(norm(x))
+lm_loss = cross_entropy(norm(x) @ head^T, labels);  loss = lm_loss + sum of weight * aux
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.cross_entropy import linear_cross_entropy
+from moe.attention import CausalSelfAttention, KVCache, RMSNorm
+from moe.config import ModelConfig
+from moe.layer import DenseFeedForward, MoELayer, count_active, init_feed_forward
+from moe.losses import LossContext
+from moe.routing import RouterContext, Routing
+from moe.variants import load_variant
+
+
+class BatchTotals(NamedTuple):
+    """Facts of the whole optimizer step, over all ranks and accumulation steps.
+
+    With them, the losses of the step's forward passes add up to the loss of the whole batch.
+    num_labels (), labels that count; num_tokens () valid tokens; tokens_per_expert (L, E) of each
+    routed layer, or None for the counts of each pass itself.
+    """
+
+    num_labels: Tensor
+    num_tokens: Tensor
+    tokens_per_expert: Tensor | None = None
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns; None where it was not asked for.
+
+    loss () to differentiate; lm_loss () nats per token of this pass; num_labels () counted labels;
+    aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers;
+    logits (B, S, V); routings, one a routed layer; caches, one a block.
+    """
+
+    loss: Tensor | None
+    lm_loss: Tensor | None
+    num_labels: Tensor | None
+    aux_losses: tuple[Tensor, ...]
+    logits: Tensor | None
+    routings: tuple[Routing, ...]
+    caches: tuple[KVCache, ...]
+
+
+class TransformerBlock(nn.Module):
+    """(B, S, D) -> (B, S, D), with the Routing where its feed-forward is routed."""
+
+    def __init__(self, config: ModelConfig, layer: int, moe_layer: type[MoELayer]):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = CausalSelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward: nn.Module
+        if config.is_moe_layer(layer):
+            self.feed_forward = moe_layer(config)
+        else:
+            self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        context: RouterContext,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Routing | None, KVCache]:
+        attended, cache = self.attention(self.attention_norm(x), positions, document_ids, cache)
+        x = x + attended
+        flat = self.feed_forward_norm(x).flatten(0, 1)  # (T, D)
+        routing = None
+        if isinstance(self.feed_forward, MoELayer):
+            flat, routing = self.feed_forward(flat, context)
+        else:
+            flat = self.feed_forward(flat)
+        return x + flat.view_as(x), routing, cache
+
+
+class MoETransformer(nn.Module):
+    """The whole model. Builds on any device, `meta` included; `init_weights` fills it."""
+
+    def __init__(self, config: ModelConfig, *, moe_layer: type[MoELayer] = MoELayer):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size (None) must be set, by the tokenizer or by hand")
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config, layer, moe_layer) for layer in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        """The blocks from the bottom up."""
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        totals: BatchTotals | None = None,
+        caches: tuple[KVCache, ...] | None = None,
+        need_logits: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ModelOutput:
+        """Args:
+        input_ids: (B, S) int64. labels: (B, S), -100 where nothing is to be predicted.
+        document_ids: (B, S): attention stays within equal ids of a row; None: one document.
+        valid: (B, S) bool, False for padding; None: no padding.
+        totals: of the optimizer step, where this pass is a part of it.
+        caches: one a block, from an earlier call on the same sequences' beginning.
+        need_logits: whether to return them, by default where there are no labels.
+        generator: of the router's noise; None for PyTorch's global one.
+        """
+        past = caches[0].keys.shape[1] if caches else 0
+        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        context = RouterContext(
+            token_ids=input_ids.flatten(),
+            document_ids=None if document_ids is None else document_ids.flatten(),
+            valid=None if valid is None else valid.flatten(),
+            batch_shape=(input_ids.shape[0], input_ids.shape[1]),
+            training=self.training,
+            generator=generator,
+        )
+        x = self.embedding(input_ids)  # (B, S, D)
+        routings, new_caches = [], []
+        for layer, block in enumerate(self.blocks):
+            arguments = (x, positions, context, document_ids, caches[layer] if caches else None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routing, cache = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, routing, cache = block(*arguments)
+            if routing is not None:
+                routings.append(routing)
+            if labels is None:
+                new_caches.append(cache)
+        x = self.final_norm(x)
+        logits = self.head(x) if need_logits or (labels is None and need_logits is None) else None
+        aux_losses = self._aux_losses(routings, context, totals)
+        loss = lm_loss = num_labels = None
+        if labels is not None:
+            loss, lm_loss, num_labels = self._loss(x, labels, aux_losses, routings, totals)
+        return ModelOutput(
+            loss, lm_loss, num_labels, aux_losses, logits, tuple(routings), tuple(new_caches)
+        )
+
+    def _aux_losses(
+        self, routings: list[Routing], context: RouterContext, totals: BatchTotals | None
+    ) -> tuple[Tensor, ...]:
+        """Each configured loss, the mean over routed layers."""
+        if not routings:
+            return ()
+        counts = totals.tokens_per_expert if totals is not None else None
+        values = []
+        for config in self.config.moe.losses:
+            compute = load_variant("losses", config.name).loss
+            per_layer = [
+                compute(config, r, LossContext(context, None if counts is None else counts[layer]))
+                for layer, r in enumerate(routings)
+            ]
+            values.append(torch.stack(per_layer).mean())
+        return tuple(values)
+
+    def _loss(self, x, labels, aux_losses, routings, totals):
+        """(loss, lm_loss, num_labels); with totals, `loss` is this pass's share of the step's."""
+        lm = linear_cross_entropy(
+            x.flatten(0, 1),
+            self.head.weight,
+            labels.flatten(),
+            z_loss_weight=self.config.lm_z_loss_weight,
+        )
+        loss = lm.loss
+        aux_share = 1.0
+        if totals is not None:
+            loss = loss * (lm.num_tokens / totals.num_labels)
+            if routings:
+                aux_share = routings[0].num_tokens / totals.num_tokens
+        for config, value in zip(self.config.moe.losses, aux_losses, strict=False):
+            weight = config.weight  # type: ignore[attr-defined]
+            if weight:
+                loss = loss + weight * aux_share * value
+        return loss, (lm.loss - lm.z_loss).detach(), lm.num_tokens
+
+
+def init_weights(model: MoETransformer, seed: int) -> None:
+    """Fill every parameter; each from a stream of its own, named by parameter and global expert id.
+
+    So a model's weights depend neither on the order of construction nor on the ranks that hold its
+    experts. Normal of init_std; projections into the residual stream divided by sqrt(2 * layers),
+    which keeps its variance from growing with depth (GPT-2). Norm weights are 1, router biases 0.
+    """
+    config = model.config
+    std = config.init_std
+    out_std = std / math.sqrt(2 * config.num_layers)
+
+    def stream(name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        device = model.embedding.weight.device
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+
+    with torch.no_grad():
+        model.embedding.weight.normal_(0, std, generator=stream("embedding"))
+        if not config.tie_embeddings:
+            model.head.weight.normal_(0, std, generator=stream("head"))
+        for layer, block in enumerate(model.transformer_blocks()):
+            for name in ("wq", "wk", "wv", "wo"):
+                scale = out_std if name == "wo" else std
+                getattr(block.attention, name).weight.normal_(
+                    0, scale, generator=stream(f"{layer}.{name}")
+                )
+            init_feed_forward(
+                block.feed_forward, std, out_std, lambda name, at=layer: stream(f"{at}.{name}")
+            )
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+            if isinstance(bias := getattr(module, "expert_bias", None), Tensor):
+                bias.zero_()
+
+
+class ParameterCount(NamedTuple):
+    """total; active: multiplied with one token, embedding look-up left out; embedding: tables."""
+
+    total: int
+    active: int
+    embedding: int
+
+
+def num_parameters(model: MoETransformer) -> ParameterCount:
+    """Count parameters; builds on the meta device count as well as real ones."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    table = model.embedding.weight.numel()
+    embedding = table if config.tie_embeddings else table + model.head.weight.numel()
+    active = model.head.weight.numel() + model.final_norm.weight.numel()
+    for block in model.transformer_blocks():
+        parts = (block.attention_norm, block.attention, block.feed_forward_norm)
+        active += sum(p.numel() for part in parts for p in part.parameters())
+        active += count_active(block.feed_forward, config)
+    return ParameterCount(total, active, embedding)
+
+
+def flops_per_token(model: MoETransformer, seq_len: int) -> int:
+    """Floating-point operations of one token in training (forward and backward).
+
+    6 for each active matrix weight, and 6 * 2 * H * P for each key in reach, of which a causal
+    sequence has (S + 1) / 2 on average (fewer with a window). Norms and softmax are left out.
+    Source: PaLM, arXiv 2204.02311, appendix B, with the causal half.
+    """
+    config = model.config
+    vectors = sum(m.weight.numel() for m in model.modules() if isinstance(m, RMSNorm))
+    weights = num_parameters(model).active - vectors
+    window = min(config.attention.window or seq_len, seq_len)
+    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    attention = config.num_layers * 2 * config.attention.num_heads * config.head_dim * keys
+    return int(6 * (weights + attention))
