@@ -33,8 +33,12 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of the matmuls on `x`: autocast's where that is on for the device, else its own."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    """The dtype of the matmuls on `x`: autocast's where that is on for the device, else its own.
+
+    As in PyTorch's own autocast, float64 stays float64.
+    """
+    narrows = x.is_floating_point() and x.dtype != torch.float64
+    if narrows and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

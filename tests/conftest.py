@@ -1,0 +1,111 @@
+"""What all tests share: the table of tolerances, the device, seeds, threads and routing cases.
+
+Imports only torch, triton, numpy and pytest, as `test_kernel_*.py` do: they also run on a bare
+machine with a GPU.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+# ||ours - expected|| / ||expected||, forward and each gradient, against float64.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# In bfloat16 the error is at most the larger of this and twice that of PyTorch's own bfloat16.
+BFLOAT16_FLOOR = 4e-3
+
+NUM_TOKENS = (0, 1, 63, 128, 1000)
+
+# Assignments that break dispatch kernels: (E, K) of each.
+ROUTINGS = {
+    "random": (7, 3),
+    "idle experts": (9, 3),
+    "one expert": (1, 1),
+    "all to one expert": (5, 1),
+    "all experts": (4, 4),
+    "dropped": (7, 3),
+    "nothing assigned": (3, 2),
+}
+
+# One worker a core: under pytest-xdist each takes one thread, alone it takes two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(20)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every tensor that is allocated without values with NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected|| in float64; 0 for two empty or two zero tensors."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    difference = torch.linalg.vector_norm(actual - expected).item()
+    return difference / max(torch.linalg.vector_norm(expected).item(), 1e-30) if difference else 0.0
+
+
+def assert_equals(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Within the table's tolerance of the dtype of `actual`. NaN never is."""
+    error = relative_error(actual, expected)
+    assert error <= TOLERANCE[actual.dtype], f"{what}: relative error {error:.2e}"
+
+
+def assert_bfloat16(ours: Tensor, eager: Tensor, expected: Tensor, what: str = "") -> None:
+    """The error of `ours` is near that of PyTorch's own bfloat16 (`eager`)."""
+    error, bound = (
+        relative_error(ours, expected),
+        max(BFLOAT16_FLOOR, 2 * relative_error(eager, expected)),
+    )
+    assert error <= bound, f"{what}: relative error {error:.2e}, bound {bound:.2e}"
+
+
+def randn(*shape: int, seed: int, device: torch.device | str = "cpu", **kwargs) -> Tensor:
+    """Normal values of a stream of their own, equal on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, **kwargs).to(device)
+
+
+def assignments(
+    case: str, num_tokens: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, int]:
+    """(topk_indices (T, K), topk_weights (T, K) float32, E) of a case of ROUTINGS."""
+    num_experts, top_k = ROUTINGS[case]
+    generator = torch.Generator().manual_seed(7)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    if case == "idle experts":
+        # The first, the last, and two neighbours in between.
+        scores[:, [0, 3, 4, 8]] = -1
+    if case == "all to one expert":
+        scores[:, 3] = 2
+    indices = scores.argsort(-1, descending=True)[:, :top_k]
+    weights = torch.rand(num_tokens, top_k, generator=generator) + 0.1
+    if case == "dropped":
+        indices[torch.rand(num_tokens, top_k, generator=generator) < 0.3] = -1
+    if case == "nothing assigned":
+        indices = torch.full_like(indices, -1)
+    return indices.to(device), weights.masked_fill(indices.cpu() < 0, 0).to(device), num_experts
+
+
+def gradients(outputs: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of sum(outputs * grad) with respect to each input."""
+    return torch.autograd.grad(outputs, inputs, grad.to(outputs.dtype))
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Copies that want a gradient."""
+    return tuple(t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors)

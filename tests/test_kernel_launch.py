@@ -1,0 +1,86 @@
+"""Do the kernels say which implementation runs, and refuse what none can run?"""
+
+import pytest
+import torch
+
+from kernels.attention import fused_attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.dispatch import plan_dispatch
+from kernels.grouped_matmul import grouped_matmul
+from kernels.launch import check_same_device, check_shape, compute_dtype, resolve_backend
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.routing import fused_topk
+from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
+
+ONES = torch.ones
+PLAN = plan_dispatch(torch.tensor([[0, 1]]), 2)
+
+CALLS = {
+    "fused_topk": lambda **k: fused_topk(ONES(3, 4), 2, **k),
+    "grouped_matmul": lambda **k: grouped_matmul(
+        ONES(2, 4), ONES(2, 3, 4), PLAN.expert_offsets, **k
+    ),
+    "swiglu_experts": lambda **k: swiglu_experts(
+        ONES(1, 4), ONES(2, 3, 4), ONES(2, 4, 3), ONES(2, 3, 4), PLAN, ONES(1, 2), **k
+    ),
+    "swiglu_experts_sorted": lambda **k: swiglu_experts_sorted(
+        ONES(2, 4), ONES(2, 3, 4), ONES(2, 4, 3), ONES(2, 3, 4), PLAN.expert_offsets, **k
+    ),
+    "fused_attention": lambda **k: fused_attention(*[ONES(1, 3, 2, 4)] * 3, **k),
+    "linear_cross_entropy": lambda **k: linear_cross_entropy(
+        ONES(2, 4), ONES(5, 4), torch.tensor([0, 1]), **k
+    ),
+    "rms_norm": lambda **k: rms_norm(ONES(2, 4), ONES(4), **k),
+    "apply_rope": lambda **k: apply_rope(*[ONES(1, 3, 2, 4)] * 2, torch.arange(3), **k),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_unknown_backend_is_refused_by_every_kernel(op):
+    CALLS[op](backend="torch")
+    with pytest.raises(ValueError) as caught:
+        CALLS[op](backend="cuda")
+    assert str(caught.value) == f"{op}: backend ('cuda') must be one of auto, triton, torch"
+
+
+def test_triton_backend_is_refused_where_there_is_no_kernel():
+    message = "op: backend 'triton' has no kernel for this operation; use 'auto' or 'torch'"
+    with pytest.raises(ValueError) as caught:
+        resolve_backend("op", "triton", ONES(1))
+    assert str(caught.value) == message
+
+
+def test_triton_backend_is_refused_for_cpu_tensors():
+    with pytest.raises(ValueError) as caught:
+        resolve_backend("op", "triton", ONES(1), has_triton=True)
+    assert str(caught.value) == "op: backend 'triton' needs CUDA tensors, got cpu"
+
+
+def test_auto_is_torch_on_a_cpu():
+    assert resolve_backend("op", "auto", ONES(1), has_triton=True) == "torch"
+
+
+def test_check_shape_names_the_tensor_and_what_it_needs():
+    check_shape("op", "x", ONES(2, 3), (None, 3))
+    for bad in (ONES(2, 4), ONES(3), ONES(1, 2, 3)):
+        with pytest.raises(ValueError) as caught:
+            check_shape("op", "x", bad, (None, 3))
+        assert str(caught.value) == f"op: x has shape {tuple(bad.shape)}, needs (any, 3)"
+
+
+def test_check_same_device_lists_the_devices():
+    check_same_device("op", a=ONES(1), b=None)
+    with pytest.raises(ValueError) as caught:
+        check_same_device("op", a=ONES(1), b=ONES(1, device="meta"))
+    assert str(caught.value) == "op: tensors on different devices: a on cpu, b on meta"
+
+
+def test_compute_dtype_is_that_of_autocast():
+    x = ONES(1)
+    assert compute_dtype(x) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compute_dtype(x) == torch.bfloat16
+        assert compute_dtype(x.long()) == torch.int64
+        # As PyTorch's own autocast, which leaves double precision alone.
+        assert compute_dtype(x.double()) == torch.float64 == (x.double()[None] @ x.double()).dtype
