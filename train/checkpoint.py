@@ -1,0 +1,298 @@
+"""When checkpoints are written, found, kept and refused; `train.checkpoint_format` knows the bytes.
+
+    RUN/lock                             held by the one process that may write (RunLock)
+    RUN/checkpoints/latest               name of the newest checkpoint, for people and scripts
+    RUN/checkpoints/step_00000120/       one checkpoint
+
+A checkpoint is written under a temporary name beside its place, each file and directory fsynced,
+and renamed; so under `step_...` there is only what was once complete.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from train.checkpoint_format import (
+    STATE,
+    Checkpoint,
+    check_groups,
+    dump_state,
+    load_checkpoint,
+    render_manifest,
+    safetensors_parts,
+    step_of,
+    verify_checkpoint,
+)
+from train.errors import CheckpointError, ConfigError, NoSpaceError
+from train.run_directory import (
+    MANIFEST,
+    REPLACED,
+    SAVING,
+    RunLock,
+    make_directory,
+    remove_leftovers,
+    remove_tree,
+    replace_file,
+    storage_errors,
+    sync_directory,
+    write_durably,
+)
+
+__all__ = [
+    "Checkpoint",
+    "RunLock",
+    "find_checkpoint",
+    "load_checkpoint",
+    "refuse_changes",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+# Room beyond the tensors themselves: headers, JSON and what the file system adds.
+_SPARE_BYTES = 1 << 20
+
+
+# ---- saving
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Path:
+    """Store one checkpoint durably, then delete older ones beyond the newest `keep_last`.
+
+    When this returns, the checkpoint survives kill -9 and a power cut. When it raises, the
+    checkpoints that were there before are untouched. A checkpoint of the same step is replaced.
+    A checkpoint is deleted only while a newer one is kept that reads back with its checksums.
+
+    Args:
+        step: optimizer steps done, >= 0.
+        tensors: {group: {name: tensor}}; any device, stride and sharing; dtypes of `_DTYPES`.
+        state: what JSON can hold without loss: str keys, finite numbers, no NaN.
+        keep_last: checkpoints to keep, >= 1.
+        warn: told when old files could not be deleted, which does not spoil the new checkpoint.
+    Returns:
+        RUN/checkpoints/step_XXXXXXXX.
+    Raises:
+        ValueError: for values that cannot be stored as they are; the message names the place.
+        NoSpaceError: the disk is full, or too full to begin.
+        ConfigError: the directory cannot be written.
+    """
+    if step < 0 or keep_last < 1:
+        raise ValueError(f"step ({step}) must be >= 0 and keep_last ({keep_last}) >= 1")
+    check_groups(tensors)
+    state_text = dump_state(state)
+    directory = Path(run_dir) / "checkpoints"
+    target = directory / f"step_{step:08d}"
+    temporary = directory / (SAVING + target.name)
+    with storage_errors(directory, "Checkpoints that were complete are intact."):
+        make_directory(directory)
+        remove_leftovers(directory, warn)
+        _check_free_space(directory, step, tensors, len(state_text))
+        try:
+            os.mkdir(temporary)
+            _write_files(temporary, step, tensors, state_text)
+            _put_in_place(temporary, target, warn)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        replace_file(directory / "latest", target.name + "\n")
+        _prune(directory, keep_last, warn)
+    return target
+
+
+def _check_free_space(
+    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_bytes: int
+) -> None:
+    needed = state_bytes + _SPARE_BYTES
+    needed += sum(
+        t.numel() * t.element_size() for named in tensors.values() for t in named.values()
+    )
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise NoSpaceError(
+            f"{directory}: the checkpoint of step {step} needs {needed / 1e6:,.1f} MB and "
+            f"{free / 1e6:,.1f} MB are free: free some space, choose another output_dir or lower "
+            "checkpoint.keep_last. Checkpoints that were complete are intact."
+        )
+
+
+def _write_files(
+    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
+) -> None:
+    files = {}
+    for group, named in tensors.items():
+        name = f"{group}.safetensors"
+        files[name] = write_durably(directory / name, safetensors_parts(named))
+    files[STATE] = write_durably(directory / STATE, [state_text])
+    write_durably(directory / MANIFEST, [render_manifest(step, files)])
+    sync_directory(directory)
+
+
+def _put_in_place(temporary: Path, target: Path, warn: Callable[[str], None]) -> None:
+    """Rename to `target`; a directory cannot be renamed over another, so an old one steps aside.
+
+    A kill or a fault in between leaves the old one under its other name, where readers still find
+    it and `remove_leftovers` brings it back.
+    """
+    aside = target.with_name(REPLACED + target.name)
+    replaces = os.path.lexists(target)
+    if replaces:
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    sync_directory(target.parent)
+    if replaces:
+        _remove_or_warn(aside, warn)
+
+
+def _prune(directory: Path, keep_last: int, warn: Callable[[str], None]) -> None:
+    """Delete the oldest beyond `keep_last`, but never the newest one that is sound.
+
+    Usually that is the one just written, and reading it back costs one hash of it; only where all
+    that would be kept are damaged are older ones looked at.
+    """
+    listed = [path for _, path in _list_checkpoints(directory)]
+    kept, surplus = listed[:keep_last], listed[keep_last:]
+    if surplus and all(verify_checkpoint(path) for path in kept):
+        sound = next((path for path in surplus if not verify_checkpoint(path)), None)
+        surplus = [path for path in surplus if path != sound]
+    for path in reversed(surplus):
+        _remove_or_warn(path, warn)
+
+
+def _remove_or_warn(path: Path, warn: Callable[[str], None]) -> None:
+    try:
+        remove_tree(path)
+    except OSError as error:
+        warn(f"cannot remove {path}: {error.strerror}; it is no longer needed")
+
+
+def _list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what stands under a checkpoint's name, sound or not, newest first."""
+    found: dict[int, Path] = {}
+    if directory.is_dir():
+        # REPLACED sorts before step_, so what is in its place wins over what was moved aside.
+        for path in sorted(directory.iterdir()):
+            step = step_of(path)
+            if step is not None and path.is_dir() and not path.is_symlink():
+                found[step] = path
+    return sorted(found.items(), reverse=True)
+
+
+# ---- reading
+
+
+def find_checkpoint(
+    run_dir: Path, resume: Literal["auto", "never", "must"], warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Load the newest sound checkpoint of a run, an older one where the newest is damaged.
+
+    It only reads, so it may look into the directory of a run that is under way.
+
+    Args:
+        resume: `auto` begins anew when there is none; `must` refuses that; `never` refuses a
+            directory that already has checkpoints.
+        warn: told of each damaged checkpoint passed over, and of a wrong `latest`.
+    Returns:
+        None when the run begins anew.
+    Raises:
+        ConfigError: `must` without a checkpoint, `never` with one, a directory that is unreadable.
+        CheckpointError: there are checkpoints and all of them are damaged.
+    """
+    directory = Path(run_dir) / "checkpoints"
+    with storage_errors(directory):
+        listed = _list_checkpoints(directory)
+    if not listed:
+        if resume == "must":
+            raise ConfigError(
+                f"resume: must, but {directory} has no checkpoint: check output_dir, or set "
+                "resume: auto to begin anew"
+            )
+        return None
+    if resume == "never":
+        raise ConfigError(
+            f"resume: never, but {directory} has checkpoints up to step {listed[0][0]}: choose "
+            "another output_dir, or set resume: auto to go on from there"
+        )
+    damaged = []
+    for step, path in listed:
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            if path != listed[-1][1]:
+                warn(f"{error}; trying the one before step {step}")
+            continue
+        _check_latest(directory, listed[0][1].name, warn)
+        return checkpoint
+    raise CheckpointError(
+        "\n".join(
+            [*damaged, "no sound checkpoint is left: choose another output_dir to begin anew"]
+        )
+    )
+
+
+def _check_latest(directory: Path, newest: str, warn: Callable[[str], None]) -> None:
+    """`latest` decides nothing here, so a wrong one cannot mislead; it is only reported."""
+    try:
+        found = (directory / "latest").read_bytes()
+    except OSError as error:
+        warn(f"{directory / 'latest'}: {error.strerror}; it should name {newest}")
+        return
+    if found != (newest.removeprefix(REPLACED) + "\n").encode():
+        text = found[:100].decode(errors="backslashreplace").strip()
+        warn(f"{directory / 'latest'} names {text!r}, but the newest checkpoint is {newest}")
+
+
+# ---- refusing a resume
+
+
+def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another model, other data or another tokenizer.
+
+    Args:
+        saved: nested mapping as stored in the checkpoint.
+        current: the same of this run; tuples count as lists.
+    Raises:
+        ConfigError: one line per field that differs, and the way out.
+    """
+    before, now = dict(_flatten(saved)), dict(_flatten(current))
+    lines = []
+    for field in dict.fromkeys([*before, *now]):
+        if field not in before or field not in now or before[field] != now[field]:
+            was, is_now = before.get(field, "not set"), now.get(field, "not set")
+            lines.append(f"{field}: {was} in the checkpoint, {is_now} now")
+    if lines:
+        raise ConfigError(
+            "\n".join(
+                [
+                    "cannot resume, the checkpoint was made with other settings:",
+                    *lines,
+                    "go back to the checkpoint's values, or begin anew in another output_dir",
+                ]
+            )
+        )
+
+
+def _flatten(value: Any, where: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted field, JSON text) of each leaf; lists of mappings are entered, other lists whole."""
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, Mapping):
+        items = [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        items = [(f"{where}[{index}]", item) for index, item in enumerate(value)]
+    if not items:
+        yield where, json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
+    for field, item in items:
+        yield from _flatten(item, field)
