@@ -1,0 +1,253 @@
+"""Who runs the model, its gradients and its optimizer? `build_engine`, one interface for all.
+
+A plain engine for one process on a CPU or one GPU. A launcher's engine has the same methods:
+`engine(batch, totals)`, `backward`, `gradient_norm`, `step`, `zero_grad`, `all_reduce`,
+`state_tensors`, `load_state_tensors`.
+"""
+
+import ctypes
+import re
+import time
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.layer import MoELayer
+from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
+from train.config import OptimizerConfig, RunConfig
+from train.errors import CheckpointError, ConfigError
+from train.packing import Batch
+
+# In a checkpoint each expert stands alone, under its global number.
+_STACKED = re.compile(r"^(.*\.experts)\.(w\d)$")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(w\d)$")
+
+TensorGroups = dict[str, dict[str, Tensor]]
+
+
+class PlainEngine:
+    """One process, one device: autocast, float32 weights, fused AdamW.
+
+    Attributes:
+        model: the MoETransformer. device: where it lives. precision: `float32` or `bfloat16`.
+        rank, world_size: 0 and 1 here.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: MoETransformer, config: RunConfig, device: str, precision: str):
+        self.model, self.device, self.precision = model, torch.device(device), precision
+        self.gradient_clip = config.optimizer.gradient_clip
+        model.activation_checkpointing = config.training.activation_checkpointing
+        self.optimizer = build_optimizer(model, config.optimizer)
+
+    def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
+        """One forward pass over a micro-batch, on the engine's device."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model(
+                batch.input_ids.to(self.device, non_blocking=True),
+                batch.labels.to(self.device, non_blocking=True),
+                batch.document_ids.to(self.device, non_blocking=True),
+                totals=totals,
+            )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss."""
+        loss.backward()
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of the gradients, () float32."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
+        """Clip to `optimizer.gradient_clip` and update the weights."""
+        if self.gradient_clip is not None and float(gradient_norm) > self.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.gradient_clip, gradient_norm
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, those of a dropped step too."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks: of one, the tensor itself."""
+        return x
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose gradient holds inf or NaN."""
+        return [
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+
+    def state_tensors(self) -> TensorGroups:
+        """Weights, buffers and moments under names that do not depend on the layout of ranks."""
+        moments: dict[str, Tensor] = {}
+        for parameter_name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                parts = split_experts(parameter_name, value) if value.dim() else {}
+                for name, part in (parts or {parameter_name: value}).items():
+                    moments[f"{name}:{key}"] = part
+        weights: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            weights.update(split_experts(name, value))
+        return {"model": weights, "optimizer": moments}
+
+    def load_state_tensors(self, groups: TensorGroups) -> None:
+        """Restore what `state_tensors` returned; every name must be there, and no other.
+
+        Raises:
+            CheckpointError: if names or shapes differ.
+        """
+        load_model(self.model, groups["model"])
+        parameters = dict(self.model.named_parameters())
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, value in groups["optimizer"].items():
+            parameter, _, key = name.rpartition(":")
+            moments.setdefault(key, {})[parameter] = value
+        for key, by_name in moments.items():
+            for name, value in join_experts(by_name).items():
+                if name not in parameters:
+                    raise CheckpointError(f"the optimizer state names an unknown weight {name}")
+                state = self.optimizer.state[parameters[name]]
+                # AdamW keeps its step count on the CPU unless it runs in one GPU kernel.
+                device = self.device if value.dim() else torch.device("cpu")
+                state[key] = value.clone().to(device)
+
+
+def split_experts(name: str, value: Tensor) -> dict[str, Tensor]:
+    """One tensor an expert, `.experts.3.w1`, where `name` is a stack of them; else as it is."""
+    match = _STACKED.match(name)
+    if match is None:
+        return {name: value}
+    layer, matrix = match.groups()
+    return {f"{layer}.{expert}.{matrix}": part for expert, part in enumerate(value)}
+
+
+def join_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `split_experts` over a whole state; a scalar kept once for a stack stays."""
+    joined: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, value in tensors.items():
+        match = _EXPERT.match(name)
+        if match is None:
+            joined[name] = value
+        else:
+            layer, expert, matrix = match.groups()
+            stacks.setdefault(f"{layer}.{matrix}", {})[int(expert)] = value
+    for name, parts in stacks.items():
+        joined[name] = torch.stack([parts[expert] for expert in sorted(parts)])
+    return joined
+
+
+def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
+    """Fill a model from the `model` group of a checkpoint.
+
+    Raises:
+        CheckpointError: if a name is missing, unknown, or has another shape or dtype.
+    """
+    state = join_experts(tensors)
+    current = model.state_dict()
+    problems = [f"{name} is missing" for name in current if name not in state]
+    problems += [f"{name} is unknown to this model" for name in state if name not in current]
+    for name in current.keys() & state.keys():
+        have, want = state[name], current[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            problems.append(
+                f"{name} is {tuple(have.shape)} {have.dtype}, "
+                f"needs {tuple(want.shape)} {want.dtype}"
+            )
+    if problems:
+        raise CheckpointError("checkpoint does not fit the model: " + "; ".join(problems[:5]))
+    model.load_state_dict(state)
+
+
+def build_optimizer(model: MoETransformer, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves vectors (norm weights) alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def build_engine(
+    config: RunConfig, model_config: ModelConfig, *, precision: str | None = None
+) -> PlainEngine:
+    """The engine for this process: the plain one, as no launcher started us.
+
+    Args:
+        model_config: with its vocab_size known.
+        precision: of an earlier part of the same run, which `auto` then keeps.
+    Raises:
+        ConfigError: if `training.device` is cuda and there is none.
+    """
+    tune_allocator()
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    device = choose_device(config.training.device)
+    if config.training.precision != "auto":
+        precision = config.training.precision
+    elif precision is None:
+        precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
+    with torch.device(device):
+        model = MoETransformer(model_config, moe_layer=MoELayer)
+    init_weights(model, config.seed)
+    return PlainEngine(model, config, device, precision)
+
+
+def choose_device(setting: str) -> str:
+    """`cpu` or `cuda`; `auto` takes a GPU where there is one."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.device: cuda, but PyTorch sees no GPU; set training.device: auto, or install "
+            "a CUDA build of torch (README, set-up)"
+        )
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return setting
+
+
+def bfloat16_is_faster(device: str) -> bool:
+    """Whether matmuls in bfloat16 take at most 3/4 of the time of float32, measured (about 20 ms).
+
+    Whether a CPU has the instructions is not enough: some emulate them and are slower.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process, where the C library is glibc.
+
+    By default each large tensor is mapped afresh and its pages fault in at every step, 10-30 % of
+    the time of a step on a CPU.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)

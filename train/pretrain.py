@@ -1,0 +1,237 @@
+"""The main program: a config in, a trained model out. `python -m train.pretrain --config FILE`."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moe.config import ModelConfig
+from train.arguments import parse_arguments
+from train.checkpoint import Checkpoint, RunLock, find_checkpoint, refuse_changes, save_checkpoint
+from train.config import RunConfig, dump_config, load_config
+from train.data import PreparedData, describe, prepare_data
+from train.engine import PlainEngine, bfloat16_is_faster, build_engine, choose_device
+from train.errors import ConfigError
+from train.figures import domain_expert_map, save_figure
+from train.generate import sample_text
+from train.loop import Loop, Position, StopRequest
+from train.metrics import MetricsWriter
+from train.plan import describe_plan, make_plan
+from train.program import guarded
+from train.random_state import get_random_state, seed_all, set_random_state
+from train.run_directory import replace_file, storage_errors
+from train.status import StatusLine
+from train.summary import render_summary, summarize
+from train.validation import Evaluation, evaluate
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code (README, exit codes)."""
+    options, overrides = parse_arguments(argv, __doc__ or "")
+    return guarded(lambda: _main(options, overrides))
+
+
+def _main(options: Any, overrides: list[str]) -> int:
+    refuse_foreign_kernels()
+    config = load_config(options.config, overrides)
+    if options.print_config:
+        print(dump_config(config), end="")
+        return 0
+    if options.dry_run:
+        model = with_vocab_size(config.model, config.tokenizer.vocab_size)
+        device = choose_device(config.training.device)
+        auto = config.training.precision == "auto" and bfloat16_is_faster(device)
+        half = auto or config.training.precision == "bfloat16"
+        print(describe_plan(make_plan(config, model, 2 if half else 4)))
+        return 0
+    with RunLock(Path(config.output_dir)):
+        return run(config)
+
+
+def refuse_foreign_kernels() -> None:
+    """Stop if another package named `kernels` stands before ours on the import path.
+
+    Raises:
+        ConfigError: with what to uninstall.
+    """
+    spec = importlib.util.find_spec("kernels")
+    ours = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != ours:
+        found = spec.origin if spec else "nothing"
+        raise ConfigError(
+            f"`import kernels` finds {found}, not this project's: the Hugging Face package of that "
+            f"name must not be in the same environment (pip uninstall kernels)"
+        )
+
+
+def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model with the tokenizer's vocabulary, rounded up to a multiple of 64, where it names none.
+
+    Raises:
+        ConfigError: if it names a smaller one than the tokenizer has.
+    """
+    if model.vocab_size is None:
+        return model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
+    if model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's "
+            f"({vocab_size}); leave it out to take that"
+        )
+    return model
+
+
+def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[str, Any]:
+    """What must not change between the parts of a run."""
+    return {
+        "model": model.model_dump(mode="json"),
+        "data": {
+            "fingerprint": data.fingerprint,
+            "domains": list(data.domain_names),
+            "weights": list(data.weights),
+        },
+        "tokenizer": {"sha256": data.tokenizer.sha256},
+        "training": {
+            "seq_len": config.training.seq_len,
+            "batch_size": config.training.batch_size,
+        },
+        "seed": config.seed,
+    }
+
+
+def run(config: RunConfig) -> int:
+    """Prepare, resume or begin, train, summarise. The run directory is locked by the caller."""
+    run_dir = Path(config.output_dir)
+    status = StatusLine()
+    data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
+    for message in (*data.skipped, *data.notes):
+        status.message(f"note: {message}")
+    status.message(describe(data))
+    model_config = with_vocab_size(config.model, data.tokenizer.vocab_size)
+    facts = identity(config, model_config, data)
+    # Anything on the disk is checked before anything is written to it.
+    found = find_checkpoint(
+        run_dir, config.checkpoint.resume, lambda text: status.message(f"warning: {text}")
+    )
+    if found is not None:
+        refuse_changes(found.state["identity"], facts)
+    seed_all(config.seed)
+    engine = build_engine(
+        config, model_config, precision=found.state["precision"] if found else None
+    )
+    position = restore(engine, found) if found else Position()
+    save_description(run_dir, config, data)
+    plan = make_plan(config, model_config, 2 if engine.precision == "bfloat16" else 4)
+    status.message(describe_plan(plan))
+    status.message(
+        f"{'resuming at step ' + str(position.step) if found else 'starting'} on {engine.device} "
+        f"in {engine.precision}, kernels: torch, output in {run_dir}"
+    )
+    writer = None
+    if config.logging.tensorboard:
+        writer = MetricsWriter(
+            run_dir / "tensorboard",
+            model_config,
+            position.step + 1 if found else 0,
+            lambda text: status.message(f"warning: {text}"),
+        )
+        writer.write_text("config", dump_config(config), position.step)
+
+    def save(at: Position) -> None:
+        state = {
+            "step": at.step,
+            "evaluated": at.evaluated,
+            "precision": engine.precision,
+            "identity": facts,
+            "config": config.model_dump(mode="json"),
+        }
+        tensors = {**engine.state_tensors(), "random": get_random_state()}
+        save_checkpoint(run_dir, at.step, tensors, state, keep_last=config.checkpoint.keep_last)
+
+    loop = Loop(
+        engine,
+        data,
+        config.model_copy(update={"model": model_config}),
+        writer=writer,
+        status=status,
+        save=save,
+        sample=lambda: _sample(engine, data, config),
+    )
+    began = time.monotonic()
+    first = position.step
+    with StopRequest() as stop:
+        position, evaluation = loop.run(position, stop)
+    seconds = time.monotonic() - began if position.step > first else None
+    if stop.exit_code:
+        status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
+    else:
+        evaluation = evaluation or evaluate(
+            engine, data, config.evaluation.batch_size, config.training.seq_len
+        )
+        assert evaluation is not None
+        finish(run_dir, config, model_config, data, evaluation, seconds, status)
+    if writer is not None:
+        writer.close()
+    return stop.exit_code
+
+
+def restore(engine: PlainEngine, checkpoint: Checkpoint) -> Position:
+    """Continue from a checkpoint: weights, moments, router biases, random streams, position."""
+    engine.load_state_tensors(checkpoint.tensors)
+    set_random_state(checkpoint.tensors["random"])
+    return Position(checkpoint.state["step"], checkpoint.state["evaluated"])
+
+
+def save_description(run_dir: Path, config: RunConfig, data: PreparedData) -> None:
+    """The config and the tokenizer beside the checkpoints: what `train.generate` needs."""
+    with storage_errors(run_dir):
+        replace_file(run_dir / "config.yaml", dump_config(config))
+        data.tokenizer.save(run_dir / "tokenizer.json")
+
+
+def _sample(engine: PlainEngine, data: PreparedData, config: RunConfig) -> str | None:
+    """What the model writes after each of `evaluation.sample_prompts`."""
+    texts = []
+    for prompt in config.evaluation.sample_prompts:
+        text = sample_text(
+            engine.model,
+            data.tokenizer,
+            prompt,
+            max_new_tokens=config.evaluation.sample_tokens,
+            temperature=0.8,
+            seed=config.seed,
+        )
+        texts.append(f"sample: {text!r}")
+    return "\n".join(texts) or None
+
+
+def finish(
+    run_dir: Path,
+    config: RunConfig,
+    model: ModelConfig,
+    data: PreparedData,
+    evaluation: Evaluation,
+    seconds: float | None,
+    status: StatusLine,
+) -> None:
+    """Write and print the summary, and where to look next."""
+    tokens = config.num_steps * config.tokens_per_step
+    summary = summarize(evaluation, model, tokens, seconds)
+    with storage_errors(run_dir):
+        replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    status.message("\n" + render_summary(summary, model.moe.num_experts) + "\n")
+    if model.moe_layers:
+        figure = domain_expert_map(
+            evaluation.tokens_per_expert, data.domain_names, model.moe_layers
+        )
+        save_figure(figure, run_dir / "domain_expert_map.png")
+        status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
+    status.message(
+        f"the curves:                        tensorboard --logdir {run_dir / 'tensorboard'}\n"
+        f"let it write:                      python -m train.generate {run_dir} --prompt 'def '"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

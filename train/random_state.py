@@ -1,0 +1,44 @@
+"""Every random stream of the process, as tensors that a checkpoint can hold."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def get_random_state() -> dict[str, Tensor]:
+    """PyTorch's CPU and CUDA streams, Python's and NumPy's."""
+    version, words, gauss = random.getstate()
+    assert version == 3
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss]).double(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached]).double(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Continue the streams where `get_random_state` found them."""
+    torch.set_rng_state(state["torch"])
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_all(seed: int) -> None:
+    """Start every stream from the run's seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

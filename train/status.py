@@ -1,0 +1,103 @@
+"""What does a person watching the run see? One line that stays on a terminal, lines in a pipe."""
+
+import sys
+import time
+from typing import NamedTuple, TextIO
+
+import torch
+
+
+class Status(NamedTuple):
+    """Numbers of one line. lm_loss in nats per token; mfu None where it is not known."""
+
+    step: int
+    num_steps: int
+    lm_loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    mfu: float | None
+    max_violation: float | None
+    dead_experts: int | None
+
+
+# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bfloat16 peak in FLOP/s, None where it is unknown (and on every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), None)
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `3m05s` or `2h07m`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m"
+
+
+def format_line(status: Status, seconds_left: float) -> str:
+    """The status line."""
+    parts = [
+        f"step {status.step}/{status.num_steps}",
+        f"loss {status.lm_loss:.4f}",
+        f"lr {status.learning_rate:.2e}",
+        f"grad {status.gradient_norm:.2f}",
+        f"{status.tokens_per_second:,.0f} tok/s",
+        "mfu n/a" if status.mfu is None else f"mfu {status.mfu:.1%}",
+    ]
+    if status.max_violation is not None:
+        parts += [f"maxvio {status.max_violation:.2f}", f"dead {status.dead_experts}"]
+    return " | ".join([*parts, f"left {format_duration(seconds_left)}"])
+
+
+class StatusLine:
+    """Shows `Status` lines and messages between them.
+
+    On a terminal each line replaces the one before; in a pipe each is a line of its own. The time
+    left is that of the remaining steps at the mean pace so far, pauses for evaluation included.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self._start: tuple[float, int] | None = None
+        self._shown = 0
+
+    def begin(self, step: int) -> None:
+        """Start the clock at the first step of this process."""
+        self._start = (time.monotonic(), step)
+
+    def show(self, status: Status) -> None:
+        """Print one line."""
+        began, first = self._start or (time.monotonic(), status.step)
+        pace = (time.monotonic() - began) / max(1, status.step - first)
+        line = format_line(status, pace * (status.num_steps - status.step))
+        if self.live:
+            self._write("\r" + line.ljust(self._shown))
+            self._shown = len(line)
+        else:
+            self._write(line + "\n")
+
+    def message(self, text: str) -> None:
+        """Print text that stays, above the live line."""
+        clear = "\r" + " " * self._shown + "\r" if self.live and self._shown else ""
+        self._shown = 0
+        self._write(f"{clear}{text}\n")
+
+    def _write(self, text: str) -> None:
+        # A closed pipe or a full disk behind the log must not end the training.
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            return

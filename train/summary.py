@@ -1,0 +1,79 @@
+"""What came out of a run? The page that a person reads at the end, and the same as JSON."""
+
+from typing import Any
+
+from moe.config import ModelConfig
+from moe.routing import dead_experts, effective_experts, max_violation
+from train.status import format_duration
+from train.validation import Evaluation
+
+
+def summarize(
+    evaluation: Evaluation, model: ModelConfig, tokens: int, seconds: float | None
+) -> dict[str, Any]:
+    """The run's results as JSON values. seconds: of training in this process, None if it had none."""
+    load = evaluation.tokens_per_expert.sum(0)  # (L, E)
+    layers = [
+        {
+            "layer": layer,
+            "max_violation": float(max_violation(load[index])),
+            "dead_experts": int(dead_experts(load[index])),
+            "effective_experts": float(effective_experts(load[index])),
+            "domain_expert_information": float(evaluation.information[index]),
+            "shuffled_control": float(evaluation.shuffled_information[index]),
+        }
+        for index, layer in enumerate(model.moe_layers)
+    ]
+    domains = {
+        name: {
+            "loss": loss,
+            "unigram_entropy": evaluation.unigram_entropy[name],
+            "gain": evaluation.unigram_entropy[name] - loss,
+            "bits_per_byte": evaluation.bits_per_byte[name],
+            "tokens": evaluation.num_tokens[name],
+        }
+        for name, loss in evaluation.loss.items()
+    }
+    return {
+        "training_tokens": tokens,
+        "training_seconds": seconds,
+        "mean_loss": evaluation.mean_loss,
+        "mean_gain": evaluation.mean_gain,
+        "dead_experts": sum(layer["dead_experts"] for layer in layers),
+        "domains": domains,
+        "layers": layers,
+    }
+
+
+def render_summary(summary: dict[str, Any], num_experts: int) -> str:
+    """Two tables: loss by domain against what unigrams give, and expert use by layer."""
+    tokens, seconds = summary["training_tokens"], summary["training_seconds"]
+    took = "" if seconds is None else f" in {format_duration(seconds)}"
+    lines = [
+        f"After {tokens:,} training tokens{took}, on held-out text (nats per token):",
+        "",
+        f"  {'domain':<14}{'loss':>8}{'unigram':>10}{'gain':>8}{'bits/byte':>12}",
+    ]
+    for name, row in summary["domains"].items():
+        lines.append(
+            f"  {name:<14}{row['loss']:>8.3f}{row['unigram_entropy']:>10.3f}"
+            f"{row['gain']:>8.3f}{row['bits_per_byte']:>12.3f}"
+        )
+    lines.append(f"  {'mean':<14}{summary['mean_loss']:>8.3f}{'':>10}{summary['mean_gain']:>8.3f}")
+    if summary["layers"]:
+        lines += [
+            "",
+            f"How its {num_experts} experts a layer are used (domain info: how much of a token's "
+            "domain its",
+            "expert reveals, 0 to 1; shuffled: the same with domain labels permuted):",
+            "",
+            f"  {'layer':<8}{'MaxVio':>8}{'dead':>6}{'effective':>11}{'domain info':>13}"
+            f"{'shuffled':>10}",
+        ]
+        for row in summary["layers"]:
+            lines.append(
+                f"  {row['layer']:<8}{row['max_violation']:>8.2f}{row['dead_experts']:>6}"
+                f"{row['effective_experts']:>11.1f}{row['domain_expert_information']:>13.3f}"
+                f"{row['shuffled_control']:>10.3f}"
+            )
+    return "\n".join(lines)
