@@ -83,7 +83,7 @@ def sum_rows(rows: Tensor, row_of: Tensor, num_used: int, weights: Tensor | None
     gathered[chosen] = rows[row_of[chosen]]
     if weights is not None:
         gathered *= weights.unsqueeze(-1)
-    return gathered.float().sum(1).to(rows.dtype)
+    return gathered.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
 def weights_by_row(plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ class _Unpermute(torch.autograd.Function):
         used = int(plan.expert_offsets[-1])
         grad_of_row = grad_out.index_select(0, plan.token_of_row)  # (R, D)
         grad_weight_of_row = topk_weights.new_zeros(plan.num_rows)
-        products = grad_of_row[:used].float() * rows[:used].float()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        products = grad_of_row[:used].to(wide) * rows[:used].to(wide)
         grad_weight_of_row[:used] = products.sum(-1).to(topk_weights.dtype)
         by_row = weights_by_row(plan, topk_weights).to(rows.dtype)
         grad_weights = grad_weight_of_row[plan.row_of.clamp(min=0)]

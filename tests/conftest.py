@@ -5,6 +5,7 @@ machine with a GPU.
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,6 @@ def gradients(outputs: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, .
     return torch.autograd.grad(outputs, inputs, grad.to(outputs.dtype))
 
 
-def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> Any:
     """Copies that want a gradient."""
     return tuple(t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors)

@@ -32,7 +32,7 @@ CALLS = {
         ONES(2, 4), ONES(5, 4), torch.tensor([0, 1]), **k
     ),
     "rms_norm": lambda **k: rms_norm(ONES(2, 4), ONES(4), **k),
-    "apply_rope": lambda **k: apply_rope(*[ONES(1, 3, 2, 4)] * 2, torch.arange(3), **k),
+    "apply_rope": lambda **k: apply_rope(ONES(1, 3, 2, 4), ONES(1, 3, 1, 4), torch.arange(3), **k),
 }
 
 

@@ -1,0 +1,243 @@
+"""Does every assignment get its own row, and does each token get its own rows back?"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    NUM_TOKENS,
+    ROUTINGS,
+    assert_bfloat16,
+    assert_equals,
+    assignments,
+    gradients,
+    leaves,
+    randn,
+)
+
+from kernels.dispatch import permute, plan_dispatch, unpermute
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+WIDTH = 17
+
+
+def used_rows(plan) -> int:
+    return int(plan.expert_offsets[-1])
+
+
+def unpermute_oracle(rows, indices, weights, num_experts):
+    """float64, by walking the experts in order: no plan and no kernel."""
+    out = rows.new_zeros(len(indices), rows.shape[1])
+    row = 0
+    for expert in range(num_experts):
+        for token, slot in (indices == expert).nonzero().tolist():
+            out[token] = out[token] + weights[token, slot] * rows[row]
+            row += 1
+    return out
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_plan_sorts_assignments_by_expert_then_token(device, case, num_tokens):
+    indices, _, num_experts = assignments(case, num_tokens, device)
+    plan = plan_dispatch(indices, num_experts)
+    flat = indices.cpu().numpy().reshape(-1)
+    counts = np.bincount(flat[flat >= 0], minlength=num_experts)
+    assert plan.tokens_per_expert.tolist() == counts.tolist()
+    assert plan.expert_offsets.tolist() == [0, *np.cumsum(counts)]
+    assert plan.num_rows == flat.size
+    order = np.argsort(np.where(flat < 0, num_experts, flat), kind="stable")[: counts.sum()]
+    top_k = indices.shape[1]
+    assert plan.token_of_row[: counts.sum()].tolist() == (order // top_k).tolist()
+    row_of = np.full(flat.size, -1)
+    row_of[order] = np.arange(order.size)
+    assert plan.row_of.tolist() == row_of.reshape(num_tokens, top_k).tolist()
+    if num_tokens:
+        assert plan.token_of_row.min() >= 0
+        assert plan.token_of_row.max() < num_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
+def test_plan_accepts_any_integers(dtype):
+    indices, _, num_experts = assignments("dropped", 63)
+    for ours, expected in zip(
+        plan_dispatch(indices.to(dtype), num_experts),
+        plan_dispatch(indices, num_experts),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("num_experts", [32766, 32767, 32768, 70000])
+def test_plan_of_more_experts_than_int16_holds(num_experts):
+    indices = torch.tensor([[num_experts - 1, 0], [-1, num_experts - 2]])
+    plan = plan_dispatch(indices, num_experts)
+    assert plan.row_of.tolist() == [[2, 0], [-1, 1]]
+    assert plan.tokens_per_expert.shape == (num_experts,)
+
+
+def test_plan_of_noncontiguous_indices():
+    indices, _, num_experts = assignments("random", 63)
+    strided = torch.stack([indices, indices.flip(0)], -1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(
+        plan_dispatch(strided, num_experts).row_of, plan_dispatch(indices, num_experts).row_of
+    )
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("case", ["random", "idle experts", "one expert", "all experts"])
+def test_permute_then_unpermute_by_equal_weights_is_the_identity(device, case, num_tokens):
+    indices, weights, num_experts = assignments(case, num_tokens, device)
+    plan = plan_dispatch(indices, num_experts)
+    assert int(plan.tokens_per_expert.sum()) == indices.numel()
+    x = randn(num_tokens, WIDTH, seed=1, device=device)
+    weights = torch.full_like(weights, 1 / indices.shape[1])
+    assert_equals(unpermute(permute(x, plan), plan, weights), x)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63])
+@pytest.mark.parametrize("case", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unpermute_and_its_gradients_equal_float64(device, case, num_tokens, dtype):
+    indices, weights, num_experts = assignments(case, num_tokens, device)
+    plan = plan_dispatch(indices, num_experts)
+    rows = randn(plan.num_rows, WIDTH, seed=1, device=device, dtype=torch.float64)
+    exact_in = leaves(rows, weights, dtype=torch.float64)
+    exact = unpermute_oracle(exact_in[0], indices, exact_in[1], num_experts)
+    grad = randn(num_tokens, WIDTH, seed=2, device=device)
+    # Of an empty sum no gradient flows at all.
+    expected = [torch.zeros_like(t) for t in exact_in]
+    if exact.requires_grad:
+        expected = list(gradients(exact, grad, *exact_in))
+    rows[used_rows(plan) :] = torch.nan
+    ours_in = leaves(rows, weights, dtype=dtype)
+    ours = unpermute(ours_in[0], plan, ours_in[1])
+    assert ours.dtype == dtype
+    assert_equals(ours, exact, "output")
+    grad_rows, grad_weights = gradients(ours, grad, *ours_in)
+    assert_equals(grad_rows, expected[0], "rows")
+    assert_equals(grad_weights, expected[1], "weights")
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63])
+@pytest.mark.parametrize("case", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_permute_and_its_gradient_ignore_unused_rows(device, case, num_tokens, dtype):
+    indices, _, num_experts = assignments(case, num_tokens, device)
+    plan = plan_dispatch(indices, num_experts)
+    (x,) = leaves(randn(num_tokens, WIDTH, seed=1, device=device), dtype=dtype)
+    rows = permute(x, plan)
+    order = [t for e in range(num_experts) for t, _ in (indices == e).nonzero().tolist()]
+    assert torch.equal(rows[: used_rows(plan)], x[order])
+    grad_rows = randn(*rows.shape, seed=2, device=device, dtype=torch.float64)
+    expected = torch.zeros_like(x, dtype=torch.float64)
+    for row, token in enumerate(order):
+        expected[token] += grad_rows[row]
+    grad_rows[used_rows(plan) :] = torch.nan
+    assert_equals(*gradients(rows, grad_rows, x), expected)
+
+
+def test_unpermute_leaves_dropped_tokens_zero(device):
+    indices, weights, num_experts = assignments("dropped", 128, device)
+    indices[5], weights[5] = -1, 0
+    plan = plan_dispatch(indices, num_experts)
+    rows = torch.full((plan.num_rows, WIDTH), torch.nan, device=device)
+    rows[: used_rows(plan)] = 1
+    out = unpermute(rows, plan, weights)
+    assert_equals(out, weights.sum(-1, keepdim=True).expand(-1, WIDTH))
+    assert torch.count_nonzero(out[5]) == 0
+
+
+@pytest.mark.parametrize("case", ["random", "dropped"])
+def test_gradcheck(case):
+    indices, weights, num_experts = assignments(case, 5)
+    plan = plan_dispatch(indices, num_experts)
+    x, rows, weights = leaves(
+        randn(5, 3, seed=1), randn(plan.num_rows, 3, seed=2), weights, dtype=torch.float64
+    )
+    used = used_rows(plan)
+    assert torch.autograd.gradcheck(lambda x: permute(x, plan)[:used], [x])
+    assert torch.autograd.gradcheck(lambda r, w: unpermute(r, plan, w), [rows, weights])
+
+
+@pytest.mark.parametrize("case", ["random", "dropped"])
+def test_unpermute_in_bfloat16_is_as_exact_as_eager(device, case):
+    indices, weights, num_experts = assignments(case, 128, device)
+    plan = plan_dispatch(indices, num_experts)
+    rows = randn(plan.num_rows, WIDTH, seed=1, device=device).bfloat16()
+    ours_in, eager_in = leaves(rows, weights), leaves(rows, weights)
+    exact_in = leaves(rows, weights, dtype=torch.float64)
+    grad = randn(128, WIDTH, seed=2, device=device)
+
+    def eager(rows, weights):
+        gathered = rows[plan.row_of.clamp(min=0)] * weights.to(rows.dtype).unsqueeze(-1)
+        return gathered.masked_fill(plan.row_of.unsqueeze(-1) < 0, 0).sum(1)
+
+    ours, theirs = unpermute(ours_in[0], plan, ours_in[1]), eager(*eager_in)
+    exact = eager(*exact_in)
+    assert ours.dtype == torch.bfloat16
+    assert_bfloat16(ours, theirs, exact, "output")
+    for name, *triple in zip(
+        ("rows", "weights"),
+        gradients(ours, grad, *ours_in),
+        gradients(theirs, grad, *eager_in),
+        gradients(exact, grad.bfloat16(), *exact_in),
+        strict=True,
+    ):
+        assert_bfloat16(*triple, name)
+
+
+def test_a_graph_that_is_kept_can_be_walked_twice(device):
+    indices, weights, num_experts = assignments("dropped", 63, device)
+    plan = plan_dispatch(indices, num_experts)
+    x, weights = leaves(randn(63, WIDTH, seed=1, device=device), weights)
+    # An expanded gradient, as `sum` gives it, has strides of 0.
+    total = unpermute(permute(x, plan) * 2, plan, weights).sum()
+    total.backward(retain_graph=True)
+    once = x.grad.clone(), weights.grad.clone()
+    total.backward()
+    assert torch.equal(x.grad, 2 * once[0])
+    assert torch.equal(weights.grad, 2 * once[1])
+
+
+def test_noncontiguous_rows_and_weights(device):
+    indices, weights, num_experts = assignments("random", 63, device)
+    plan = plan_dispatch(indices, num_experts)
+    x = randn(WIDTH, 63, seed=1, device=device).T
+    rows = permute(x, plan)
+    assert torch.equal(rows, permute(x.contiguous(), plan))
+    spread = torch.stack([rows, rows], -1)[..., 0]
+    other = weights.T.contiguous().T
+    assert not spread.is_contiguous()
+    assert_equals(unpermute(spread, plan, other), unpermute(rows, plan, weights))
+
+
+def test_wrong_inputs_are_named():
+    plan = plan_dispatch(torch.tensor([[0, 1], [1, 2]]), 3)
+    cases = [
+        (
+            lambda: plan_dispatch(torch.tensor([0, 1]), 2),
+            "plan_dispatch: topk_indices has shape (2,), needs (any, any)",
+        ),
+        (
+            lambda: plan_dispatch(torch.zeros(2, 2), 2),
+            "plan_dispatch: topk_indices must be integers, got torch.float32",
+        ),
+        (
+            lambda: plan_dispatch(torch.zeros(2, 2, dtype=torch.bool), 2),
+            "plan_dispatch: topk_indices must be integers, got torch.bool",
+        ),
+        (lambda: permute(torch.zeros(3, 4), plan), "permute: x has shape (3, 4), needs (2, any)"),
+        (
+            lambda: unpermute(torch.zeros(3, 4), plan, torch.zeros(2, 2)),
+            "unpermute: rows has shape (3, 4), needs (4, any)",
+        ),
+        (
+            lambda: unpermute(torch.zeros(4, 4), plan, torch.zeros(2, 1)),
+            "unpermute: topk_weights has shape (2, 1), needs (2, 2)",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == message
