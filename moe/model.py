@@ -27,12 +27,14 @@ class BatchTotals(NamedTuple):
 
     With them, the losses of the step's forward passes add up to the loss of the whole batch.
     num_labels (), labels that count; num_tokens () valid tokens; tokens_per_expert (L, E) of each
-    routed layer, or None for the counts of each pass itself.
+    routed layer, or None for the counts of each pass itself, to which counts_so_far (L, E) of the
+    earlier passes are added where given.
     """
 
     num_labels: Tensor
     num_tokens: Tensor
     tokens_per_expert: Tensor | None = None
+    counts_so_far: Tensor | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -166,13 +168,18 @@ class MoETransformer(nn.Module):
         """Each configured loss, the mean over routed layers."""
         if not routings:
             return ()
-        counts = totals.tokens_per_expert if totals is not None else None
+        counts: list[Tensor | None] = [None] * len(routings)
+        if totals is not None and totals.tokens_per_expert is not None:
+            counts = list(totals.tokens_per_expert)
+        elif totals is not None and totals.counts_so_far is not None:
+            earlier = totals.counts_so_far
+            counts = [r.tokens_per_expert + earlier[layer] for layer, r in enumerate(routings)]
         values = []
         for config in self.config.moe.losses:
             compute = load_variant("losses", config.name).loss
             per_layer = [
-                compute(config, r, LossContext(context, None if counts is None else counts[layer]))
-                for layer, r in enumerate(routings)
+                compute(config, routing, LossContext(context, load))
+                for routing, load in zip(routings, counts, strict=True)
             ]
             values.append(torch.stack(per_layer).mean())
         return tuple(values)

@@ -1,12 +1,13 @@
 """What a user can cause, and the exit code that each cause ends the program with.
 
-Exit codes: 0 ok, 2 configuration (also a locked run directory or a refused resume), 3 data, 4 corrupt
-checkpoint, 5 non-finite loss or gradient, 7 no space left, 130 Ctrl-C (saved), 143 SIGTERM (saved).
+0 ok, 2 configuration (also a locked run directory or a refused resume), 3 data, 4 corrupt
+checkpoint, 5 non-finite loss or gradient, 7 no space left, 8 out of memory, 130 Ctrl-C (saved),
+143 SIGTERM (saved).
 """
 
 
 class RunError(Exception):
-    """A failure with a message for the user: printed without a traceback, then exit with `exit_code`."""
+    """A failure with a message for the user, printed without a traceback before `exit_code`."""
 
     exit_code = 1
 
@@ -30,7 +31,7 @@ class CheckpointError(RunError):
 
 
 class NonFiniteError(RunError):
-    """The loss or a gradient is inf or NaN and the policy is to stop; the weights were not touched."""
+    """The loss or a gradient is inf or NaN and the policy is to stop; the weights are untouched."""
 
     exit_code = 5
 

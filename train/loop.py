@@ -69,6 +69,14 @@ class Position(NamedTuple):
     evaluated: int = -1
 
 
+class HistoryPoint(NamedTuple):
+    """Validation loss after a step, and the seconds of training steps up to it in this process."""
+
+    step: int
+    loss: float
+    seconds: float
+
+
 def exact_counts_needed(config: RunConfig, num_micro_batches: int) -> bool:
     """Whether the balance loss needs the whole step's counts before its first backward pass."""
     return num_micro_batches > 1 and any(
@@ -277,6 +285,8 @@ class Loop:
         peak = peak_flops(engine.device)
         self._utilisation = None if peak is None else flops / peak  # MFU of 1 token/s
         self._step_seconds = 0.0
+        self._train_seconds = 0.0
+        self.history: list[HistoryPoint] = []
 
     def run(self, position: Position, stop: StopRequest) -> tuple[Position, Evaluation | None]:
         """Train to the last step or until `stop`; the position is saved in either case.
@@ -327,6 +337,7 @@ class Loop:
         if metrics is None:
             return False
         self._step_seconds = time.monotonic() - began
+        self._train_seconds += self._step_seconds
         self._report(metrics)
         return True
 
@@ -371,6 +382,7 @@ class Loop:
         )
         if evaluation is None:
             return None
+        self.history.append(HistoryPoint(step, evaluation.mean_loss, self._train_seconds))
         by_domain = ", ".join(f"{name} {loss:.3f}" for name, loss in evaluation.loss.items())
         self.status.message(
             f"step {step}: validation {evaluation.mean_loss:.4f} nats/token ({by_domain})"

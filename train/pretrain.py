@@ -67,7 +67,7 @@ def refuse_foreign_kernels() -> None:
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The model with the tokenizer's vocabulary, rounded up to a multiple of 64, where it names none.
+    """The model with a vocabulary: where it names none, the tokenizer's, in full multiples of 64.
 
     Raises:
         ConfigError: if it names a smaller one than the tokenizer has.

@@ -11,7 +11,7 @@ from train.validation import Evaluation
 def summarize(
     evaluation: Evaluation, model: ModelConfig, tokens: int, seconds: float | None
 ) -> dict[str, Any]:
-    """The run's results as JSON values. seconds: of training in this process, None if it had none."""
+    """The run's results as JSON values; seconds of training, None if this process had none."""
     load = evaluation.tokens_per_expert.sum(0)  # (L, E)
     layers = [
         {
