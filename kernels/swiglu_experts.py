@@ -90,7 +90,8 @@ class _SwigluExpertsSorted(torch.autograd.Function):
             if activations is not None:
                 activations[first:end] = a
         if scale is not None:
-            y *= scale.unsqueeze(-1)
+            used = rows_in_use(spans)
+            y[:used] *= scale[:used].unsqueeze(-1)
         saved_h = (gate, up) if options.save != "x" else (None, None)
         ctx.save_for_backward(x_rows, w1, w2, w3, scale, *saved_h, activations)
         ctx.spans, ctx.options = spans, options

@@ -1,0 +1,307 @@
+"""Does the fused expert layer equal its formula, forward and every gradient, whatever is routed?"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    NUM_TOKENS,
+    ROUTINGS,
+    assert_bfloat16,
+    assert_equals,
+    assignments,
+    gradients,
+    leaves,
+    randn,
+    relative_error,
+)
+
+from kernels.dispatch import permute, plan_dispatch, unpermute
+from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+D, WIDTH = 17, 11
+NAMES = ("x", "w1", "w2", "w3", "topk_weights")
+
+
+def inputs(case, num_tokens, device, hidden=D, width=WIDTH):
+    """(topk_indices, plan, (x, w1, w2, w3, topk_weights))."""
+    indices, weights, num_experts = assignments(case, num_tokens, device)
+    shape = (num_experts, width, hidden)
+    tensors = (
+        randn(num_tokens, hidden, seed=1, device=device),
+        randn(*shape, seed=2, device=device) * hidden**-0.5 * 2,
+        randn(num_experts, hidden, width, seed=3, device=device) * width**-0.5,
+        randn(*shape, seed=4, device=device) * hidden**-0.5 * 2,
+        weights,
+    )
+    return indices, plan_dispatch(indices, num_experts), tensors
+
+
+def oracle(x, w1, w2, w3, weights, indices, clamp=None):
+    """Each assignment with its own copy of its expert: no rows, no sorting, no plan."""
+    chosen = indices.clamp(min=0)
+    gate = torch.einsum("tkfd,td->tkf", w1[chosen], x)
+    up = torch.einsum("tkfd,td->tkf", w3[chosen], x)
+    if clamp is not None:
+        bound = torch.full_like(gate, clamp)
+        gate, up = torch.minimum(gate, bound), torch.maximum(torch.minimum(up, bound), -bound)
+    y = torch.einsum("tkdf,tkf->tkd", w2[chosen], gate / (1 + torch.exp(-gate)) * up)
+    return (y * (weights * (indices >= 0)).unsqueeze(-1)).sum(1)
+
+
+def eager(x, w1, w2, w3, weights, indices):
+    """The usual PyTorch loop over experts, as Hugging Face writes it."""
+    out = torch.zeros_like(x, dtype=torch.bfloat16)
+    for e in range(len(w1)):
+        token, slot = (indices == e).nonzero(as_tuple=True)
+        y = F.linear(F.silu(F.linear(x[token], w1[e])) * F.linear(x[token], w3[e]), w2[e])
+        out = out.index_add(0, token, (y * weights[token, slot].unsqueeze(-1)).to(out.dtype))
+    return out
+
+
+def check(device, case, num_tokens, clamp=None, save="xh"):
+    indices, plan, tensors = inputs(case, num_tokens, device)
+    exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
+    exact = oracle(*exact_in, indices, clamp)
+    ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=clamp, save=save)
+    assert_equals(ours, exact, "output")
+    grad = randn(*ours.shape, seed=5, device=device)
+    for name, actual, expected in zip(
+        NAMES, gradients(ours, grad, *ours_in), gradients(exact, grad, *exact_in), strict=True
+    ):
+        assert_equals(actual, expected, name)
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_layer_and_its_gradients_equal_float64(device, case, num_tokens):
+    check(device, case, num_tokens)
+
+
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
+@pytest.mark.parametrize("save", ["x", "xh", "xha"])
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_clamp_and_save_modes_equal_float64(device, case, save, clamp):
+    check(device, case, 63, clamp, save)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_save_modes_agree_to_the_bit(device, clamp):
+    _, plan, tensors = inputs("dropped", 63, device)
+    results = []
+    for save in ("x", "xh", "xha"):
+        ours_in = leaves(*tensors)
+        out = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=clamp, save=save)
+        results.append((out, *gradients(out, randn(63, D, seed=5, device=device), *ours_in)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_clamp_bounds_gate_from_above_and_up_on_both_sides():
+    # One expert, D = F = 1: gate = 3 x, up = -4 x, and y = silu(gate) * up.
+    w1, w2, w3 = torch.full((1, 1, 1), 3.0), torch.ones(1, 1, 1), torch.full((1, 1, 1), -4.0)
+    plan = plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 1)
+    x = torch.tensor([[1.0], [-1.0]])
+    out = swiglu_experts(x, w1, w2, w3, plan, torch.ones(2, 1), clamp=1.0)
+    # silu(1) * -1 = -0.7310586; silu(-3) * 1 = -3 / (1 + e^3) = -0.1422776
+    assert out.flatten().tolist() == pytest.approx([-0.7310586, -0.1422776], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
+@pytest.mark.parametrize("save", ["x", "xh", "xha"])
+def test_gradcheck(case, save):
+    _, plan, _ = inputs(case, 4, "cpu")
+    num_experts = len(plan.tokens_per_expert)
+    # Normal values leave a clamp at 1 far from both its corners.
+    x, w1, w2, w3 = leaves(
+        randn(4, 3, seed=1),
+        randn(num_experts, 2, 3, seed=2),
+        randn(num_experts, 3, 2, seed=3),
+        randn(num_experts, 2, 3, seed=4),
+        dtype=torch.float64,
+    )
+    (weights,) = leaves(assignments(case, 4)[1], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *t: swiglu_experts(*t[:4], plan, t[4], clamp=1.0, save=save),
+        [x, w1, w2, w3, weights],
+        fast_mode=True,
+    )
+
+
+def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device):
+    indices, plan, tensors = inputs("dropped", 63, device)
+    ours_in = leaves(*tensors)
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+    grad = gradients(out, torch.ones_like(out), *ours_in)[-1]
+    assert (grad[indices < 0] == 0).all()
+    assert (grad[indices >= 0] != 0).all()
+
+
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "all to one expert"])
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_sorted_rows_equal_float64_and_ignore_unused_rows(device, case, with_scale):
+    indices, plan, (_, w1, w2, w3, _) = inputs(case, 63, device)
+    used = int(plan.expert_offsets[-1])
+    rows = randn(plan.num_rows, D, seed=6, device=device)
+    scale = randn(plan.num_rows, seed=7, device=device)
+    grad = randn(plan.num_rows, D, seed=8, device=device)
+    expert = indices.flatten()[indices.flatten() >= 0].sort().values.unsqueeze(-1)  # (used, 1)
+    exact_in = leaves(rows, w1, w2, w3, scale, dtype=torch.float64)
+    factor = exact_in[4][:used].unsqueeze(-1)
+    exact = oracle(
+        exact_in[0][:used],
+        *exact_in[1:4],
+        factor if with_scale else torch.ones_like(factor),
+        expert,
+    )
+    wanted = 5 if with_scale else 4
+    expected = gradients(exact, grad[:used], *exact_in[:wanted])
+    for tensor in (rows, scale, grad):
+        tensor[used:] = torch.nan
+    ours_in = leaves(rows, w1, w2, w3, scale)
+    for save in ("x", "xh", "xha"):
+        ours = swiglu_experts_sorted(
+            *ours_in[:4], plan.expert_offsets, scale=ours_in[4] if with_scale else None, save=save
+        )
+        assert_equals(ours[:used], exact, "output")
+        assert torch.count_nonzero(ours[used:]) == 0
+        for name, actual, right in zip(
+            ("rows", "w1", "w2", "w3", "scale"),
+            gradients(ours, grad, *ours_in[:wanted]),
+            expected,
+            strict=False,
+        ):
+            assert_equals(actual, right, name)
+
+
+@pytest.mark.parametrize("case", ["random", "dropped"])
+def test_sorted_rows_between_permute_and_unpermute_are_the_fused_layer(device, case):
+    _, plan, tensors = inputs(case, 63, device)
+    x, w1, w2, w3, weights = leaves(*tensors, dtype=torch.float64)
+    fused = swiglu_experts(x, w1, w2, w3, plan, weights)
+    rows = swiglu_experts_sorted(permute(x, plan), w1, w2, w3, plan.expert_offsets)
+    parts = unpermute(rows, plan, weights)
+    assert_equals(parts, fused)
+    grad = randn(63, D, seed=5, device=device)
+    for a, b in zip(
+        gradients(parts, grad, x, w1, w2, w3, weights),
+        gradients(fused, grad, x, w1, w2, w3, weights),
+        strict=True,
+    ):
+        assert_equals(a, b)
+
+
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
+@pytest.mark.parametrize("save", ["x", "xh", "xha"])
+def test_bfloat16_by_autocast_is_as_exact_as_eager(device, case, save):
+    indices, plan, tensors = inputs(case, 128, device, hidden=64, width=96)
+    ours_in, eager_in = leaves(*tensors), leaves(*tensors)
+    exact_in = leaves(*tensors, dtype=torch.float64)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save)
+        theirs = eager(*eager_in, indices)
+    exact = oracle(*exact_in, indices)
+    assert ours.dtype == torch.bfloat16
+    assert_bfloat16(ours, theirs, exact, "output")
+    grad = randn(128, 64, seed=5, device=device).bfloat16()
+    ours_grads = gradients(ours, grad, *ours_in)
+    assert {g.dtype for g in ours_grads} == {torch.float32}
+    for name, *triple in zip(
+        NAMES,
+        ours_grads,
+        gradients(theirs, grad, *eager_in),
+        gradients(exact, grad, *exact_in),
+        strict=True,
+    ):
+        assert_bfloat16(*triple, name)
+
+
+def test_bfloat16_parameters_without_autocast(device):
+    indices, plan, tensors = inputs("random", 63, device)
+    narrow = [t.bfloat16() for t in tensors[:4]]
+    ours_in = leaves(*narrow, tensors[4])
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+    grads = gradients(out, randn(63, D, seed=5, device=device), *ours_in)
+    assert [g.dtype for g in grads] == [torch.bfloat16] * 4 + [torch.float32]
+    assert relative_error(out, oracle(*[t.double() for t in ours_in], indices)) < 1e-2
+
+
+def test_a_graph_that_is_kept_can_be_walked_twice(device):
+    _, plan, tensors = inputs("random", 63, device)
+    for save in ("x", "xh", "xha"):
+        ours_in = leaves(*tensors)
+        total = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=1.0, save=save).sum()
+        total.backward(retain_graph=True)
+        once = [t.grad.clone() for t in ours_in]
+        total.backward()
+        assert all(torch.equal(t.grad, 2 * g) for t, g in zip(ours_in, once, strict=True))
+
+
+def test_noncontiguous_inputs_and_expanded_gradient(device):
+    indices, plan, tensors = inputs("random", 63, device)
+    strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
+    assert not any(t.is_contiguous() for t in strided)
+    ours_in = [t.requires_grad_() for t in strided]
+    exact_in = leaves(*tensors, dtype=torch.float64)
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+    exact = oracle(*exact_in, indices)
+    assert_equals(out, exact)
+    for actual, expected in zip(
+        torch.autograd.grad(out.sum(), ours_in),
+        torch.autograd.grad(exact.sum(), exact_in),
+        strict=True,
+    ):
+        assert_equals(actual, expected)
+
+
+def test_equal_calls_give_equal_bits(device):
+    _, plan, tensors = inputs("random", 128, device)
+    results = []
+    for _ in range(3):
+        ours_in = leaves(*tensors)
+        out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+        results.append((out, *gradients(out, torch.ones_like(out), *ours_in)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_one_expert_is_the_dense_layer(device):
+    _, plan, (x, w1, w2, w3, _) = inputs("one expert", 128, device)
+    ones = torch.ones(128, 1, device=device)
+    dense = F.linear(F.silu(F.linear(x, w1[0])) * F.linear(x, w3[0]), w2[0])
+    out = swiglu_experts(x, w1, w2, w3, plan, ones)
+    assert relative_error(out, dense) <= 1e-6
+
+
+def test_wrong_inputs_are_named():
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 2, "cpu")
+    op = "swiglu_experts"
+    cases = [
+        ((x, w1[0], w2, w3, plan, weights), {}, "w1 has shape (11, 17), needs (any, any, any)"),
+        ((x, w1, w2, w2, plan, weights), {}, "w3 has shape (7, 17, 11), needs (7, 11, 17)"),
+        ((x, w1, w1, w3, plan, weights), {}, "w2 has shape (7, 11, 17), needs (7, 17, 11)"),
+        ((x[:, :5], w1, w2, w3, plan, weights), {}, "x has shape (2, 5), needs (any, 17)"),
+        ((x[:1], w1, w2, w3, plan, weights), {}, "x has shape (1, 17), needs (2, any)"),
+        (
+            (x, w1, w2, w3, plan, weights[:1]),
+            {},
+            "plan.row_of has shape (2, 3), needs (1, 3)",
+        ),
+        (
+            (x, w1[:5], w2[:5], w3[:5], plan, weights),
+            {},
+            "plan.expert_offsets has shape (8,), needs (6)",
+        ),
+        (
+            (x, w1, w2, w3, plan, weights),
+            {"save": "y"},
+            "save ('y') must be one of x, xh, xha",
+        ),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError) as caught:
+            swiglu_experts(*arguments, **options)
+        assert str(caught.value) == f"{op}: {message}"
+    with pytest.raises(ValueError) as caught:
+        swiglu_experts_sorted(x, w1, w2, w3, plan.expert_offsets, scale=torch.ones(3))
+    assert str(caught.value) == "swiglu_experts_sorted: scale has shape (3,), needs (2)"
