@@ -12,7 +12,7 @@ setup(
     # package of that name, and uses it from that version on.
     version="0.1.0",
     description="Sparse Mixture-of-Experts language models: Triton kernels, training, experiments",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(
