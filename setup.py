@@ -29,6 +29,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "tqdm>=4.66",
@@ -37,6 +38,7 @@ setup(
         "test": [
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "packaging>=24",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.11",

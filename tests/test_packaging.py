@@ -107,21 +107,46 @@ def test_wheel_declares_loose_ranges_and_triton_only_where_it_exists(wheel):
     assert "License-Expression: Apache-2.0" in lines
 
 
-def test_constraints_pin_everything_that_is_required():
-    """Each requirement and each extra has its tested version, and torch no local build."""
+@pytest.fixture(scope="module")
+def declared() -> dict[str, list[Requirement]]:
+    """The requirements in setup.py: `install` and each extra."""
     code = (
         "import json, setuptools; found = {}; setuptools.setup = lambda **kw: found.update(kw);"
         "exec(open('setup.py').read());"
-        "print(json.dumps([found['install_requires'], *found['extras_require'].values()]))"
+        "print(json.dumps({'install': found['install_requires'], **found['extras_require']}))"
     )
-    lines = (ROOT / "constraints.txt").read_text().split("\n")
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    groups = json.loads(run_python("-c", code))
+    return {group: [Requirement(text) for text in texts] for group, texts in groups.items()}
+
+
+def test_constraints_pin_everything_that_is_required(declared):
+    """Each requirement and each extra has its tested version, and torch no local build."""
+    pins = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text().split("\n")
+        if line and not line.startswith("#")
+    ]
     pinned: dict[str, str] = {
         canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins
     }
     assert len(pinned) == len(pins)
-    groups = json.loads(run_python("-c", code))
-    for requirement in (Requirement(text) for group in groups for text in group):
+    for requirement in (requirement for group in declared.values() for requirement in group):
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (requirement, version)
     assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")
+
+
+def test_every_library_that_the_packages_import_is_declared(declared):
+    """A fresh machine has nothing else, whatever the developer's environment has."""
+    distributions = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    installed = {canonicalize_name(requirement.name) for requirement in declared["install"]}
+    optional = {canonicalize_name(r.name) for r in declared["evaluation"]}
+    ours = {"kernels", "moe", "train"}
+    for path in (path for name in ours for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - ours:
+                library = canonicalize_name(distributions.get(top, top))
+                assert library in installed | optional, f"{path} imports {top}"
