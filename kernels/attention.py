@@ -49,20 +49,20 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, visible, scale):
         batch, num_heads, num_queries, head_dim = q.shape
-        groups = k.shape[1]
+        groups, num_keys = k.shape[1:3]
         shared = num_heads // groups
         # Heads that share keys are stacked along the queries: (B*G, shared, S, P).
         q = q.reshape(batch * groups, shared, num_queries, head_dim)
-        k = k.reshape(batch * groups, -1, head_dim)
-        v = v.reshape(batch * groups, -1, head_dim)
-        lag = k.shape[1] - num_queries
+        k = k.reshape(batch * groups, num_keys, head_dim)
+        v = v.reshape(batch * groups, num_keys, head_dim)
+        lag = num_keys - num_queries
         hidden = ~visible
         out = torch.empty_like(q)
         saved = []
         for first in range(0, num_queries, BLOCK_QUERIES):
             end = min(first + BLOCK_QUERIES, num_queries)
             seen = end + lag
-            q_block = q[:, :, first:end].reshape(batch * groups, -1, head_dim)
+            q_block = q[:, :, first:end].flatten(1, 2)  # (B*G, shared * block, P)
             scores = torch.bmm(q_block, k[:, :seen].transpose(1, 2)).mul_(scale)
             by_head = scores.view(batch, num_heads, end - first, seen)
             by_head.masked_fill_(hidden[:, first:end, :seen].unsqueeze(1), -torch.inf)
@@ -84,8 +84,8 @@ class _ShortAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, probs in zip(range(0, num_queries, BLOCK_QUERIES), saved, strict=True):
             end, seen = min(first + BLOCK_QUERIES, num_queries), probs.shape[-1]
-            g = grad_out[:, :, first:end].reshape(batch * groups, -1, head_dim)
-            q_block = q[:, :, first:end].reshape(batch * groups, -1, head_dim)
+            g = grad_out[:, :, first:end].flatten(1, 2)  # (B*G, shared * block, P)
+            q_block = q[:, :, first:end].flatten(1, 2)
             # Not baddbmm_: into a slice it falls back to one small matmul a head.
             grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
             grad_probs = torch.bmm(g, v[:, :seen].transpose(1, 2))
@@ -95,7 +95,7 @@ class _ShortAttention(torch.autograd.Function):
                 q[:, :, first:end].shape
             )
             grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q_block)
-        shape_kv = (batch, groups, -1, head_dim)
+        shape_kv = (batch, groups, k.shape[1], head_dim)
         return (
             grad_q.view(batch, num_heads, num_queries, head_dim),
             grad_k.view(shape_kv),

@@ -31,8 +31,7 @@ class LinearCrossEntropy(NamedTuple):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype):
-        wants_grad = x.requires_grad or weight.requires_grad
+    def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype, wants_grad):
         valid = labels != ignore_index
         num_tokens = valid.sum()
         wide = torch.promote_types(dtype, torch.float32)
@@ -76,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Not in place: a graph that is kept may be walked again.
         grad_x = grad_x * grad_loss.to(grad_x.dtype)
         grad_w = grad_w * grad_loss
-        return grad_x.to(x_dtype), grad_w.to(w_dtype), None, None, None, None
+        return grad_x.to(x_dtype), grad_w.to(w_dtype), None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -108,6 +107,9 @@ def linear_cross_entropy(
     check_shape("linear_cross_entropy", "labels", labels, (x.shape[0],))
     resolve_backend("linear_cross_entropy", backend, x)
     dtype = compute_dtype(x)
+    # Asked here, as inside a Function gradients are always off: an evaluation computes none.
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    options = (ignore_index, z_loss_weight, dtype, wants_grad)
     with no_autocast(x):
-        outputs = _LinearCrossEntropy.apply(x, weight, labels, ignore_index, z_loss_weight, dtype)
+        outputs = _LinearCrossEntropy.apply(x, weight, labels, *options)
     return LinearCrossEntropy(*outputs)
