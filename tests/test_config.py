@@ -160,7 +160,7 @@ MISTAKES = {
         "training: {steps: 10}",
         ["training.tokens=1e6"],
         [
-            "x.yaml: training.steps (10) and training.tokens (1000000) both set the length;"
+            "command line: training.steps (10) and training.tokens (1000000) both set the length;"
             " give one and leave the other out or null"
         ],
     ),
@@ -168,7 +168,7 @@ MISTAKES = {
         "schedule: {warmup_steps: 100}",
         ["training.steps=2"],
         [
-            "x.yaml: schedule.warmup_steps (100) must be below training.steps (2);"
+            "command line: schedule.warmup_steps (100) must be below training.steps (2);"
             " null takes a tenth of the steps"
         ],
     ),
@@ -179,6 +179,16 @@ MISTAKES = {
             "x.yaml: schedule.warmup_steps (60) and schedule.decay_fraction (0.5, 50 steps)"
             " must fit into training.steps (100)"
         ],
+    ),
+    "no domains, from the command line": (
+        "seed: 1",
+        ["data.domains=[]"],
+        ["command line: data: domains is empty; give at least one domain"],
+    ),
+    "more experts a token than there are": (
+        "model: {moe: {num_experts: 8, router: {name: topk, top_k: 9}}}",
+        [],
+        ["x.yaml: model.moe.router.top_k (9) must not exceed model.moe.num_experts (8)"],
     ),
     "setting without effect": (
         "schedule: {name: constant, final_fraction: 0.5}",

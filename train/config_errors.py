@@ -63,10 +63,10 @@ class Origin(NamedTuple):
     overridden: tuple[tuple[str, ...], ...] = ()
     renamed: Mapping[tuple[str, ...], tuple[str, str]] = {}
 
-    def of(self, path: SettingPath) -> str:
-        """`command line` for a setting given there, else the file."""
-        texts = tuple(str(part) for part in path)
-        given = any(texts[: len(key)] == key for key in self.overridden)
+    def of(self, *paths: SettingPath) -> str:
+        """`command line` if one of these settings was given there, else the file."""
+        texts = [tuple(str(part) for part in path) for path in paths]
+        given = any(text[: len(key)] == key for key in self.overridden for text in texts)
         return "command line" if given else self.source
 
 
@@ -97,11 +97,11 @@ def explain(
             explained.add(owner)
             continue
         for text in _messages(item, path, schema, values):
-            named = re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+) \(", text)
-            if named:
-                lines[text] = [f"{origin.of(_as_path(named[1]))}: {text}"]
+            source = origin.of(path, *_settings_in(text, path))
+            if re.match(r"[a-z_0-9]+(\.[a-z_0-9]+)+ \(", text):
+                lines[text] = [f"{source}: {text}"]
             elif text not in (known := lines.setdefault(path, [])):
-                known.append(text if known else f"{origin.of(path)}: {dotted(path)}: {text}")
+                known.append(text if known else f"{source}: {dotted(path)}: {text}")
     joined = (re.sub(r"\s*\n\s*", " ", "; or ".join(texts)) for texts in lines.values())
     return [re.sub(r"; or got .*?; needs ", " or ", line) for line in joined]
 
@@ -272,5 +272,7 @@ def _explain_rename(
     )
 
 
-def _as_path(text: str) -> SettingPath:
-    return tuple(int(part) if part.isdigit() else part for part in text.split("."))
+def _settings_in(text: str, path: SettingPath) -> list[SettingPath]:
+    """The settings that a check names with `(value)`, by their full path or as one in `path`."""
+    names = re.findall(r"([a-z_0-9.]+) (?:\(|is )", text)
+    return [tuple(name.split(".")) if "." in name else (*path, name) for name in names]
