@@ -28,7 +28,7 @@ from train.schedule import learning_rate
 from train.status import Status, StatusLine, peak_flops
 from train.validation import Evaluation, evaluate
 
-# A stop signal finishes a step that is expected to take less than this, and drops a longer one.
+# A stop signal finishes a step that needs less than this, and drops a longer one.
 FINISH_SECONDS = 10.0
 
 
@@ -36,11 +36,12 @@ class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that the loop asks; the second one ends at once.
 
     with StopRequest() as stop: `stop()` is True once a signal has come; `stop.exit_code` is 143 or
-    130 then, 0 before.
+    130 then, 0 before; `stop.waited()` is the time since, in seconds.
     """
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self._since = 0.0
         self._previous: dict[int, signal.Handlers | Callable | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -55,11 +56,14 @@ class StopRequest:
     def __call__(self) -> bool:
         return self.exit_code != 0
 
+    def waited(self) -> float:
+        return time.monotonic() - self._since if self.exit_code else 0.0
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code:
             # Checkpoints are complete or absent at every instant, so this loses at most the step.
             raise SystemExit(128 + number)
-        self.exit_code = 128 + number
+        self.exit_code, self._since = 128 + number, time.monotonic()
 
 
 class Position(NamedTuple):
@@ -99,7 +103,7 @@ def train_step(
     Args:
         micro_batches: this rank's share of the global batch.
         step: counted from 0.
-        stop: asked between micro-batches; True drops the step.
+        stop: asked before each pass; True drops the step.
     Returns:
         StepMetrics, or None if the step was dropped: nothing changed then, random streams included.
     Raises:
@@ -107,10 +111,10 @@ def train_step(
             names the step, and the layer whose router was first.
     """
     random_state = get_random_state()
-    totals = batch_totals(engine, micro_batches, config)
+    totals = batch_totals(engine, micro_batches, config, stop)
     summary: _StepSums | None = None
     for batch in micro_batches:
-        if stop():
+        if totals is None or stop():
             engine.zero_grad()
             set_random_state(random_state)
             return None
@@ -154,8 +158,10 @@ def train_step(
     )
 
 
-def batch_totals(engine: PlainEngine, batches: list[Batch], config: RunConfig) -> BatchTotals:
-    """Labels, tokens and (where a loss asks) expert counts of the whole step.
+def batch_totals(
+    engine: PlainEngine, batches: list[Batch], config: RunConfig, stop: Callable[[], bool]
+) -> BatchTotals | None:
+    """Labels, tokens and (where a loss asks) expert counts of the whole step; None after a stop.
 
     Exact counts cost a forward pass without gradients over all micro-batches; the random streams
     are put back, so that the passes with gradients choose the same experts.
@@ -174,10 +180,13 @@ def batch_totals(engine: PlainEngine, batches: list[Batch], config: RunConfig) -
         so_far = torch.zeros(len(layers), num_experts, dtype=torch.long, device=engine.device)
         return totals._replace(counts_so_far=so_far)
     random_state = get_random_state()
+    counts = torch.zeros((), dtype=torch.long, device=engine.device)
     with torch.no_grad():
-        counts = sum(expert_usage(engine(batch).routings)[0] for batch in batches)
+        for batch in batches:
+            if stop():
+                return None
+            counts = counts + expert_usage(engine(batch).routings)[0]  # (L, E)
     set_random_state(random_state)
-    assert isinstance(counts, Tensor)
     return totals._replace(tokens_per_expert=engine.all_reduce(counts))
 
 
@@ -294,7 +303,8 @@ class Loop:
         Returns: where the run stands, and the evaluation at its end (None if it was stopped).
         """
         config = self.config
-        saved, evaluation = position.step, None
+        # A new run has nothing on the disk yet, not even its beginning.
+        saved, evaluation = position.step or -1, None
         self.status.begin(position.step)
         self.engine.model.train()
         while True:
@@ -329,8 +339,9 @@ class Loop:
         began = time.monotonic()
 
         def drop() -> bool:
+            # The first step has no example to be estimated by, and any step can take longer.
             left = self._step_seconds - (time.monotonic() - began)
-            return stop() and left > FINISH_SECONDS
+            return stop() and max(left, stop.waited()) > FINISH_SECONDS
 
         batches = read_step(self.loader, position.step, self.config, self.engine)
         metrics = train_step(self.engine, batches, position.step, self.config, stop=drop)
