@@ -1,0 +1,1 @@
+"""Models of other libraries: one file a Hugging Face family, config and tensor names both ways."""
