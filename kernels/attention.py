@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 # Rows of queries per block of the short-sequence path; keys after a block are never computed.
@@ -169,3 +170,38 @@ def fused_attention(
                 q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
             )
     return out.transpose(1, 2)  # (B, S, H, P)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    """Forward and backward against `scaled_dot_product_attention`, with packed documents."""
+    shapes = ((16, 256, 8, 32), (8, 512, 8, 64), (4, 1024, 8, 64))
+    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+
+
+def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+    batch, seq_len, heads, head_dim = shape
+    torch.manual_seed(0)
+    q, k, v, grad = (leaf(*shape, dtype=dtype, device=device) for _ in range(4))
+    documents = (torch.rand(batch, seq_len, device=device) < 4 / seq_len).cumsum(1)
+
+    def ours():
+        out = fused_attention(q, k, v, document_ids=documents)
+        return out, *torch.autograd.grad(out, (q, k, v), grad)
+
+    def library(q=q, k=k, v=v, grad=grad):
+        mask = visible_keys(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        ).transpose(1, 2)
+        return out, *torch.autograd.grad(out, (q, k, v), grad)
+
+    def reference():
+        q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+        return library(q64, k64, v64, grad.double())
+
+    return Case(
+        name=f"B{batch} S{seq_len} H{heads} P{head_dim}",
+        ours=ours,
+        reference=reference,
+        rivals={"scaled_dot_product_attention": library},
+    )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 # Elements of one block of logits: 2^22 float32 are 16 MiB, near the size of a last-level cache.
@@ -113,3 +114,34 @@ def linear_cross_entropy(
     with no_autocast(x):
         outputs = _LinearCrossEntropy.apply(x, weight, labels, *options)
     return LinearCrossEntropy(*outputs)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    """Forward and backward against a linear layer and `F.cross_entropy`."""
+    shapes = ((4096, 192, 4096), (2048, 256, 8192), (4096, 512, 32768))
+    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+
+
+def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
+    num_tokens, hidden, vocab = shape
+    torch.manual_seed(0)
+    x = leaf(num_tokens, hidden, dtype=dtype, device=device)
+    weight = leaf(vocab, hidden, std=0.05, dtype=dtype, device=device)
+    labels = torch.randint(0, vocab, (num_tokens,), device=device)
+
+    def ours():
+        loss = linear_cross_entropy(x, weight, labels).loss
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    def library(x=x, weight=weight):
+        logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    return Case(
+        name=f"T{num_tokens} D{hidden} V{vocab}",
+        ours=ours,
+        reference=lambda: library(*(t.detach().double().requires_grad_() for t in (x, weight))),
+        rivals={"linear + F.cross_entropy": library},
+        flops=6 * num_tokens * hidden * vocab,
+    )

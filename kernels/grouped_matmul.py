@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 
@@ -95,3 +96,43 @@ def grouped_matmul(
     dtype = compute_dtype(rows)
     with no_autocast(rows):
         return _GroupedMatmul.apply(rows, weight, expert_offsets, dtype)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    """Forward and backward against `F.grouped_mm`."""
+    shapes = ((4096, 256, 512, 8), (32768, 512, 512, 64))
+    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+
+
+def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+    num_rows, d_in, d_out, num_experts = shape
+    torch.manual_seed(0)
+    x = leaf(num_rows, d_in, dtype=dtype, device=device)
+    weight = leaf(num_experts, d_out, d_in, std=d_in**-0.5, dtype=dtype, device=device)
+    grad = leaf(num_rows, d_out, dtype=dtype, device=device)
+    expert = torch.randint(0, num_experts, (num_rows,), device=device)
+    ends = torch.bincount(expert, minlength=num_experts).cumsum(0)
+    offsets = torch.nn.functional.pad(ends, (1, 0))
+
+    def ours():
+        out = grouped_matmul(x, weight, offsets)
+        return out, *torch.autograd.grad(out, (x, weight), grad)
+
+    def library():
+        matrices = weight.transpose(1, 2)
+        out = torch.nn.functional.grouped_mm(x, matrices, offs=ends.to(torch.int32))
+        return out, *torch.autograd.grad(out, (x, weight), grad)
+
+    def reference():
+        rows, matrices = (t.detach().double().requires_grad_() for t in (x, weight))
+        parts = [rows[first:end] @ matrices[e].T for e, first, end in segments(offsets)]
+        out = torch.cat(parts)
+        return out, *torch.autograd.grad(out, (rows, matrices), grad.double())
+
+    return Case(
+        name=f"R{num_rows} D_in {d_in} D_out {d_out} E{num_experts}",
+        ours=ours,
+        reference=reference,
+        rivals={"F.grouped_mm": library},
+        flops=6 * num_rows * d_in * d_out,
+    )

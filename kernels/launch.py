@@ -5,6 +5,8 @@ CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere; `trit
 there is none.
 """
 
+import ctypes
+
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
@@ -64,3 +66,18 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{op}: tensors on different devices: {listed}")
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process, where the C library is glibc.
+
+    By default each large tensor is mapped afresh and its pages fault in at every step, 10-30 % of
+    the time of a step on a CPU.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)

@@ -10,6 +10,7 @@ With r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
 import torch
 from torch import Tensor
 
+from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 
@@ -59,3 +60,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
     dtype = compute_dtype(x)
     with no_autocast(x):
         return _RMSNorm.apply(x, weight, eps, dtype)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    """Forward and backward against `F.rms_norm`."""
+    return [_benchmark_case(shape, dtype, device) for shape in ((4096, 192), (2048, 1024))]
+
+
+def _benchmark_case(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    torch.manual_seed(0)
+    x, grad = (leaf(*shape, dtype=dtype, device=device) for _ in range(2))
+    weight = leaf(shape[1], dtype=dtype, device=device)
+
+    def ours():
+        y = rms_norm(x, weight, 1e-5)
+        return y, *torch.autograd.grad(y, (x, weight), grad)
+
+    def library(x=x, weight=weight, grad=grad):
+        y = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
+        return y, *torch.autograd.grad(y, (x, weight), grad)
+
+    def reference():
+        wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        return library(wide_x, wide_weight, grad.double())
+
+    return Case(
+        name=f"rows {shape[0]} D{shape[1]}",
+        ours=ours,
+        reference=reference,
+        rivals={"F.rms_norm": library},
+    )

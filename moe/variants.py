@@ -70,9 +70,12 @@ def load_variant(kind: str, name: str) -> ModuleType:
         raise ValueError(f"no file {name}.py in moe/{kind}{hint}; there are: {', '.join(known)}")
     target = name if "." in name else f"moe.{kind}.{name}"
     try:
-        return importlib.import_module(target)
-    except ModuleNotFoundError as error:
+        module = importlib.import_module(target)
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"cannot import {target}: {error}") from error
+    if not hasattr(module, "Config"):
+        raise ValueError(f"{target} has no class Config, so it is no variant for moe/{kind}")
+    return module
 
 
 def _resolve(kind: str, value: Any) -> Any:

@@ -5,13 +5,14 @@ A plain engine for one process on a CPU or one GPU. A launcher's engine has the 
 `state_tensors`, `load_state_tensors`.
 """
 
-import ctypes
 import re
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from kernels.launch import tune_allocator
 from moe.config import ModelConfig
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
@@ -80,13 +81,14 @@ class PlainEngine:
         """Sum over ranks: of one, the tensor itself."""
         return x
 
-    def nonfinite_parameters(self) -> list[str]:
-        """Names of the parameters whose gradient holds inf or NaN."""
-        return [
-            name
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
+    def nonfinite_weights(self) -> list[str]:
+        """Names of the weights that hold inf or NaN, in the order of the forward pass."""
+        return nonfinite_names((name, p) for name, p in self.model.named_parameters())
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Names of the weights whose gradient holds inf or NaN, in the same order."""
+        named = self.model.named_parameters()
+        return nonfinite_names((name, p.grad) for name, p in named if p.grad is not None)
 
     def state_tensors(self) -> TensorGroups:
         """Weights, buffers and moments under names that do not depend on the layout of ranks."""
@@ -121,6 +123,17 @@ class PlainEngine:
                 # AdamW keeps its step count on the CPU unless it runs in one GPU kernel.
                 device = self.device if value.dim() else torch.device("cpu")
                 state[key] = value.clone().to(device)
+
+
+def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold inf or NaN; each expert of a stack has its own."""
+    return [
+        part_name
+        for name, value in tensors
+        if not torch.isfinite(value).all()
+        for part_name, part in split_experts(name, value).items()
+        if not torch.isfinite(part).all()
+    ]
 
 
 def split_experts(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -236,18 +249,3 @@ def bfloat16_is_faster(device: str) -> bool:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process, where the C library is glibc.
-
-    By default each large tensor is mapped afresh and its pages fault in at every step, 10-30 % of
-    the time of a step on a CPU.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, 2**31 - 1)
