@@ -137,11 +137,7 @@ def train_step(
     engine.zero_grad()
     if problem is not None:
         set_random_state(random_state)
-        if config.training.nonfinite == "stop":
-            raise NonFiniteError(
-                f"step {step + 1}: {problem}; the weights are as before this step. Lower "
-                f"optimizer.learning_rate or set training.nonfinite: skip"
-            )
+        refuse_nonfinite(engine, step, problem, config)
     passes = len(micro_batches)
     names = [loss.name for loss in config.model.moe.losses]
     aux_means = (summary.aux_losses / passes).tolist()
@@ -244,9 +240,30 @@ def find_nonfinite(
             return f"the router logits of layer {layer} are not finite"
     if not loss_finite:
         return "the loss is not finite, though every router's logits are"
-    names = engine.nonfinite_parameters()
-    where = names[0] if names else "their sum over all parameters"
+    # From the loss down, the first one is where it began: everything below it is infected.
+    names = engine.nonfinite_gradients()
+    where = names[-1] if names else "their sum over all parameters"
     return f"the gradient is not finite, first in {where}"
+
+
+def refuse_nonfinite(engine: PlainEngine, step: int, problem: str, config: RunConfig) -> None:
+    """Raise unless the step can be skipped: no skip mends weights that are inf or NaN themselves.
+
+    Nothing is saved: what led here should not push an older checkpoint out.
+    """
+    broken = engine.nonfinite_weights()
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise NonFiniteError(
+            f"step {step + 1}: {problem}: the weight {broken[0]}{more} holds inf or NaN; go back "
+            f"to an older checkpoint with a lower optimizer.learning_rate"
+        )
+    if config.training.nonfinite == "stop":
+        raise NonFiniteError(
+            f"step {step + 1}: {problem}; the weights are as before this step, and nothing was "
+            f"saved. To go on from the last checkpoint, run again with a lower "
+            f"optimizer.learning_rate or with training.nonfinite: skip"
+        )
 
 
 def check_routers(output: ModelOutput, config: RunConfig, step: int) -> None:
