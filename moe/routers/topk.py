@@ -61,7 +61,9 @@ class Router(nn.Module):
         """Move with the model, but keep the bias in float32: bfloat16 would swallow its updates."""
         bias = self.expert_bias
         super()._apply(fn, recurse)
-        self.expert_bias = bias.to(self.expert_bias.device)
+        # Only where the dtype changed: a bias on the meta device has no values to copy.
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device)
         return self
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:

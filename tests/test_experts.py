@@ -1,0 +1,131 @@
+"""Does every kind of expert keep the contract: one network a row, its own, and no other?"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_equals, assignments, randn
+
+from kernels.dispatch import permute, plan_dispatch, unpermute
+from moe.variants import load_variant, variant_names
+
+D, F = 10, 7
+
+# Settings to try of each kind, beside its defaults.
+SETTINGS = {"swiglu": [{"clamp": 0.5}, {"save": "x"}, {"save": "xha"}]}
+CASES = [
+    pytest.param(name, settings, id=f"{name} {settings}")
+    for name in variant_names("experts")
+    for settings in ({}, *SETTINGS.get(name, []))
+]
+
+
+def build(name, settings, num_experts, dtype=torch.float64):
+    module = load_variant("experts", name)
+    experts = module.Experts(module.Config(**settings), num_experts, D, F)
+    with torch.no_grad():
+        for seed, parameter in enumerate(experts.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed))
+    return experts.to(dtype)
+
+
+def alone(experts, expert, row):
+    """One row through one expert, with no other rows."""
+    counts = torch.zeros(next(experts.parameters()).shape[0], dtype=torch.int64)
+    counts[expert] = 1
+    return experts(row.unsqueeze(0), counts)[0]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_each_row_passes_its_own_expert_alone(name, settings):
+    experts = build(name, settings, 5)
+    counts = torch.tensor([0, 3, 1, 0, 4])
+    rows = randn(8, D, seed=9, dtype=torch.float64)
+    out = experts(rows, counts)
+    assert out.shape == (8, D)
+    assert out.dtype == torch.float64
+    expert_of_row = torch.repeat_interleave(torch.arange(5), counts)
+    expected = [alone(experts, e, row) for e, row in zip(expert_of_row, rows, strict=True)]
+    assert_equals(out, torch.stack(expected))
+    # Experts differ: the same row gives another result elsewhere.
+    assert not torch.allclose(alone(experts, 0, rows[0]), alone(experts, 1, rows[0]))
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_gradient_reaches_busy_experts_and_is_zero_at_idle_ones(name, settings):
+    experts = build(name, settings, 5)
+    rows = randn(8, D, seed=9, dtype=torch.float64).requires_grad_()
+    experts(rows, torch.tensor([0, 3, 1, 0, 4])).square().sum().backward()
+    assert (rows.grad.abs().sum(-1) > 0).all()
+    for parameter_name, parameter in experts.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        norms = parameter.grad.flatten(1).norm(dim=1)
+        assert norms[[0, 3]].tolist() == [0, 0], parameter_name
+        assert (norms[[1, 2, 4]] > 0).all(), parameter_name
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_no_rows_at_all_still_give_every_parameter_a_gradient(name, settings):
+    experts = build(name, settings, 3)
+    out = experts(torch.zeros(0, D, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))
+    assert out.shape == (0, D)
+    out.sum().backward()
+    assert all(p.grad is not None for p in experts.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_unused_rows_are_never_read(name, settings):
+    experts = build(name, settings, 3)
+    rows = randn(6, D, seed=9, dtype=torch.float64)
+    clean = experts(rows[:4], torch.tensor([1, 0, 3]))
+    rows[4:] = torch.nan
+    rows.requires_grad_()
+    out = experts(rows, torch.tensor([1, 0, 3]))
+    assert_equals(out[:4], clean)
+    out[:4].sum().backward()
+    assert all(p.grad.isfinite().all() for p in experts.parameters() if p.requires_grad)
+    assert rows.grad[:4].isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_experts_are_interchangeable(name, settings):
+    experts, shuffled = build(name, settings, 4), build(name, settings, 4)
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for ours, source in zip(shuffled.parameters(), experts.parameters(), strict=True):
+            ours.copy_(source[order])
+    row = randn(D, seed=9, dtype=torch.float64)
+    for position, expert in enumerate(order):
+        assert torch.equal(alone(shuffled, position, row), alone(experts, expert, row))
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "one expert"])
+def test_fused_form_equals_the_three_steps(name, settings, case):
+    indices, weights, num_experts = assignments(case, 20)
+    experts = build(name, settings, num_experts)
+    if not hasattr(experts, "fused"):
+        pytest.skip("has no fused form")
+    plan = plan_dispatch(indices, num_experts)
+    x = randn(20, D, seed=9, dtype=torch.float64)
+    rows = experts(permute(x, plan), plan.tokens_per_expert)
+    assert_equals(experts.fused(x, plan, weights.double()), unpermute(rows, plan, weights.double()))
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_experts_are_stacked_tensors_and_build_on_meta(name, settings):
+    module = load_variant("experts", name)
+    with torch.device("meta"):
+        experts = module.Experts(module.Config(**settings), 5, D, F)
+    shapes = {n: tuple(p.shape) for n, p in experts.named_parameters()}
+    # As expert parallelism and checkpoints expect them: gate, down, up.
+    assert shapes == {"w1": (5, F, D), "w2": (5, D, F), "w3": (5, F, D)}
+
+
+def test_swiglu_equals_numpy():
+    experts = build("swiglu", {}, 2)
+    row = randn(D, seed=9, dtype=torch.float64)
+    w1, w2, w3 = (w[1].detach().numpy() for w in (experts.w1, experts.w2, experts.w3))
+    gate, up = w1 @ row.numpy(), w3 @ row.numpy()
+    expected = w2 @ (gate / (1 + np.exp(-gate)) * up)
+    assert_equals(alone(experts, 1, row), torch.from_numpy(expected))
