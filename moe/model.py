@@ -195,9 +195,11 @@ class MoETransformer(nn.Module):
         loss = lm.loss
         aux_share = 1.0
         if totals is not None:
-            loss = loss * (lm.num_tokens / totals.num_labels)
+            # At least 1: a step may have no label at all. A quotient of integers would be float32.
+            loss = loss * (lm.num_tokens.to(loss.dtype) / totals.num_labels.clamp(min=1))
             if routings:
-                aux_share = routings[0].num_tokens / totals.num_tokens
+                num_tokens = routings[0].num_tokens.to(loss.dtype)
+                aux_share = num_tokens / totals.num_tokens.clamp(min=1)
         for config, value in zip(self.config.moe.losses, aux_losses, strict=False):
             weight = config.weight  # type: ignore[attr-defined]
             if weight:

@@ -52,9 +52,9 @@ def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
     counts = routing.tokens_per_expert
     if config.scope == "global_batch" and context.batch_tokens_per_expert is not None:
         counts = context.batch_tokens_per_expert
-    frequency = counts / counts.sum().clamp(min=1)  # (E,) f_i
+    frequency = counts.to(probs.dtype) / counts.sum().clamp(min=1)  # (E,) f_i
     mean_probs = probs.sum(0) / routing.num_tokens.clamp(min=1)  # (E,) P_i
-    return num_experts * torch.dot(frequency.to(mean_probs.dtype), mean_probs)
+    return num_experts * torch.dot(frequency, mean_probs)
 
 
 def _sequence_loss(routing: Routing, probs: Tensor, context: LossContext) -> Tensor:
