@@ -1,6 +1,7 @@
 """What does a run train and validate on? Text of several domains, prepared once and then read
 quickly.
 
+    sources.py      the files of a domain; corpus.py and corpus_domains.py, the default ones
     documents.py    which documents a domain consists of, and which are validation
     tokenizer.py    text to token ids
     token_files.py  tokens on disk
@@ -13,6 +14,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,17 +25,10 @@ from pydantic import Field, model_validator
 
 from moe.config import Count, Real, Section
 from train.corpus import DEFAULT_DOMAINS, DOMAINS, Corpus, DomainUnavailable
-from train.documents import (
-    DomainConfig,
-    Selection,
-    Source,
-    find_source,
-    read_selected,
-    select_documents,
-    take_documents,
-)
+from train.documents import Selection, read_selected, select_documents, take_documents
 from train.errors import DataError, NoSpaceError, RunError
 from train.packing import Batch, TrainLoader, pack
+from train.sources import DomainConfig, Source, find_source
 from train.store import key_of, locked
 from train.token_files import DomainTokens, open_tokens, write_tokens
 from train.tokenizer import Tokenizer, TokenizerConfig, tokenizer_for
@@ -189,9 +184,17 @@ def prepare_data(config: DataConfig, tokenizer: TokenizerConfig, *, progress: bo
         NoSpaceError: if the disk is full.
     """
     cache_dir = Path(config.cache_dir).expanduser()
+    with _cache(cache_dir):
+        return _prepare(config, tokenizer, cache_dir, progress)
+
+
+@contextmanager
+def _cache(cache_dir: Path) -> Iterator[None]:
+    """The cache for us alone, and its disk errors as one line."""
     try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(cache_dir):
-            return _prepare(config, tokenizer, cache_dir, progress)
+            yield
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             raise NoSpaceError(
@@ -305,16 +308,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no domain {', '.join(unknown)}; there are {', '.join(DOMAINS)}")
     cache_dir = Path(options.cache_dir).expanduser()
-    exit_code = 0
-    with locked(cache_dir):
-        corpus = Corpus(cache_dir, progress=True)
-        for name in options.names or DEFAULT_DOMAINS:
-            try:
-                print(f"{name}: {corpus.documents(name)}")
-            except RunError as error:
-                print(error, file=sys.stderr)
-                exit_code = error.exit_code
-    return exit_code
+    failures: list[RunError] = []
+    try:
+        with _cache(cache_dir):
+            corpus = Corpus(cache_dir, progress=True)
+            for name in options.names or DEFAULT_DOMAINS:
+                try:
+                    print(f"{name}: {corpus.documents(name)}")
+                except DomainUnavailable as error:
+                    failures.append(error)
+    except RunError as error:
+        failures.append(error)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return failures[-1].exit_code if failures else 0
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ class TokenSource(Protocol):
 
     domain_names: tuple[str, ...]
     weights: tuple[float, ...]
-    end_of_text: int
+
+    @property
+    def end_of_text(self) -> int:
+        """Id of the token that ends a document."""
 
     def train_stream(self, domain: str) -> np.ndarray:
         """All training tokens of a domain, one-dimensional."""

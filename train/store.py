@@ -81,7 +81,6 @@ def locked(cache_dir: Path) -> Iterator[None]:
     killed processes are removed.
     """
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
         lock = (cache_dir / "lock").open("w")
     except OSError:
         yield

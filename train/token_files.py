@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from train.documents import Selection, Source, read_selected
+from train.documents import Selection, read_selected
+from train.sources import Source
 from train.store import new_entry, read_entry
 from train.tokenizer import Tokenizer, parallel_tokenizers
 
