@@ -289,7 +289,7 @@ class Loop:
     """The run from one position to its end.
 
     Args:
-        save(position): writes a checkpoint. sample(): text that the model writes, or None.
+        save(position): writes a checkpoint. sample(stop): text that the model writes, or None.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ class Loop:
         writer: MetricsWriter | None,
         status: StatusLine,
         save: Callable[[Position], None],
-        sample: Callable[[], str | None] = lambda: None,
+        sample: Callable[[Callable[[], bool]], str | None] = lambda stop: None,
     ):
         self.engine, self.data, self.config = engine, data, config
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
@@ -331,12 +331,13 @@ class Loop:
                     evaluation = result
                     position = position._replace(evaluated=position.step)
                     saved = min(saved, position.step - 1)
-            if stop() or position.step >= config.num_steps:
-                break
             every = config.checkpoint.every
             if every and position.step % every == 0 and position.step != saved and position.step:
                 self.save(position)
                 saved = position.step
+            # Asked after a save too: it may have taken long.
+            if stop() or position.step >= config.num_steps:
+                break
             if not self._step(position, stop):
                 break
             position = position._replace(step=position.step + 1)
@@ -417,7 +418,7 @@ class Loop:
         )
         if self.writer is not None:
             self.writer.write_evaluation(evaluation, self.data.domain_names, step)
-        text = self.sample()
+        text = self.sample(stop)
         if text is not None:
             self.status.message(text)
             if self.writer is not None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def run(config: RunConfig) -> int:
         writer=writer,
         status=status,
         save=save,
-        sample=lambda: _sample(engine, data, config),
+        sample=lambda stop: _sample(engine, data, config, stop),
     )
     began = time.monotonic()
     first = position.step
@@ -190,10 +191,14 @@ def save_description(run_dir: Path, config: RunConfig, data: PreparedData) -> No
         data.tokenizer.save(run_dir / "tokenizer.json")
 
 
-def _sample(engine: PlainEngine, data: PreparedData, config: RunConfig) -> str | None:
-    """What the model writes after each of `evaluation.sample_prompts`."""
+def _sample(
+    engine: PlainEngine, data: PreparedData, config: RunConfig, stop: Callable[[], bool]
+) -> str | None:
+    """What the model writes after each of `evaluation.sample_prompts`, as far as `stop` lets it."""
     texts = []
     for prompt in config.evaluation.sample_prompts:
+        if stop():
+            break
         text = sample_text(
             engine.model,
             data.tokenizer,
