@@ -7,7 +7,7 @@ With z = weight @ x_t and lse_t = logsumexp(z), over the N tokens whose label is
     dz_t = (1/N) ((1 + 2 z_loss_weight lse_t) softmax(z_t) - onehot(label_t))
 
 Works through blocks of rows; where a gradient is wanted, it is computed in the forward pass, while
-the block's probabilities are in the cache, so that the backward pass only scales it.
+the probabilities are in the cache, so that the backward pass only scales it.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,11 @@ from torch import Tensor
 from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
-# Elements of one block of logits: 2^22 float32 are 16 MiB, near the size of a last-level cache.
-BLOCK_ELEMENTS = 1 << 22
+# Elements of a block of logits: as many rows as fit go through one matmul, so that the (V, D) sum
+# of the weight gradients is read and written seldom.
+BLOCK_ELEMENTS = 1 << 25
+# Elements of a group of rows whose float32 softmax stays in a core's cache.
+GROUP_ELEMENTS = 1 << 20
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -30,6 +33,24 @@ class LinearCrossEntropy(NamedTuple):
     num_tokens: Tensor
 
 
+def _softmax_rows(
+    logits: Tensor, target: Tensor, share: Tensor, z_loss_weight: float, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums of share * nll and share * lse^2 over a group of rows; gradients replace the logits.
+
+    logits (n, V), target (n, 1) labels, share (n,) 1/N or 0.
+    """
+    probs = torch.softmax(logits, -1, dtype=share.dtype)  # (n, V) float32
+    # The largest probability is at least 1/V, so this logsumexp cannot underflow.
+    lse = logits.amax(-1).to(share.dtype) - probs.amax(-1).log()  # (n,)
+    nll = lse - logits.gather(-1, target).squeeze(-1).to(share.dtype)
+    if wants_grad:
+        probs *= (share * (1 + 2 * z_loss_weight * lse)).unsqueeze(-1)
+        probs.scatter_add_(-1, target, -share.unsqueeze(-1))
+        logits.copy_(probs)
+    return torch.dot(share, nll), torch.dot(share, lse.square())
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype, wants_grad):
@@ -37,31 +58,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_tokens = valid.sum()
         wide = torch.promote_types(dtype, torch.float32)
         per_token = valid.to(wide) / num_tokens.clamp(min=1)  # (T,) 1/N, 0 where ignored
+        target = labels.masked_fill(~valid, 0).unsqueeze(-1)  # (T, 1)
         xs, w = x.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(xs if wants_grad else xs[:0])
         grad_w = torch.zeros_like(weight if wants_grad else weight[:0], dtype=wide)
         nll_sum, z_sum = xs.new_zeros((), dtype=wide), xs.new_zeros((), dtype=wide)
-        block = max(64, BLOCK_ELEMENTS // weight.shape[0])
+        block = max(256, BLOCK_ELEMENTS // weight.shape[0])
+        group = max(16, GROUP_ELEMENTS // weight.shape[0])
         for first in range(0, xs.shape[0], block):
-            rows = slice(first, first + block)
+            rows = slice(first, min(first + block, xs.shape[0]))
             logits = xs[rows] @ w.T  # (n, V)
-            target = labels[rows].masked_fill(~valid[rows], 0).unsqueeze(-1)  # (n, 1)
-            probs = torch.softmax(logits, -1, dtype=wide)  # (n, V)
-            # The largest probability is at least 1/V, so this logsumexp cannot underflow.
-            top = probs.amax(-1)
-            lse = logits.amax(-1).to(wide) - top.log()  # (n,)
-            share = per_token[rows]
-            nll_sum += torch.dot(share, lse - logits.gather(-1, target).squeeze(-1).to(wide))
-            z_sum += torch.dot(share, lse.square())
+            for part in range(first, rows.stop, group):
+                these = slice(part, min(part + group, rows.stop))
+                nll, z = _softmax_rows(
+                    logits[part - first : these.stop - first],
+                    target[these],
+                    per_token[these],
+                    z_loss_weight,
+                    wants_grad,
+                )
+                nll_sum += nll
+                z_sum += z
             if wants_grad:
-                probs *= (share * (1 + 2 * z_loss_weight * lse)).unsqueeze(-1)
-                probs.scatter_add_(-1, target, -share.unsqueeze(-1))
-                grad_logits = probs.to(dtype)
-                torch.mm(grad_logits, w, out=grad_x[rows])
+                torch.mm(logits, w, out=grad_x[rows])
                 if dtype == wide:
-                    grad_w.addmm_(grad_logits.T, xs[rows])
+                    grad_w.addmm_(logits.T, xs[rows])
                 else:
-                    grad_w += grad_logits.T @ xs[rows]
+                    grad_w += logits.T @ xs[rows]
         z_loss = z_loss_weight * z_sum
         if wants_grad:
             ctx.save_for_backward(grad_x, grad_w)
