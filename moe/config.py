@@ -170,5 +170,18 @@ class ModelConfig(Section):
 
 
 def dense_equivalent(config: ModelConfig) -> ModelConfig:
-    """The dense baseline of `config`: the same model without experts, at equal active FLOPs."""
-    return config.model_copy(update={"feed_forward": "dense"})
+    """The dense baseline of `config`: the same model without experts, at equal active FLOPs.
+
+    Where `model.moe.dense_intermediate_size` gives the model's dense layers a width of their own,
+    the baseline's width is the mean of that and the routed layers' equivalent.
+    """
+    moe = config.moe
+    if moe.dense_intermediate_size is not None and config.feed_forward == "moe":
+        by_itself = moe.model_copy(update={"dense_intermediate_size": None})
+        routed = config.model_copy(update={"moe": by_itself}).dense_intermediate_size
+        num_routed = len(config.moe_layers)
+        width = num_routed * routed + (config.num_layers - num_routed) * moe.dense_intermediate_size
+        moe = moe.model_copy(
+            update={"dense_intermediate_size": max(1, round(width / config.num_layers))}
+        )
+    return config.model_copy(update={"feed_forward": "dense", "moe": moe})

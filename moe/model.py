@@ -123,18 +123,30 @@ class MoETransformer(nn.Module):
     ) -> ModelOutput:
         """Args:
         input_ids: (B, S) int64. labels: (B, S), -100 where nothing is to be predicted.
-        document_ids: (B, S): attention stays within equal ids of a row; None: one document.
+        document_ids: (B, S), or (B, S_past + S) with caches: attention stays within equal ids of a
+            row; None: one document.
         valid: (B, S) bool, False for padding; None: no padding.
         totals: of the optimizer step, where this pass is a part of it.
         caches: one a block, from an earlier call on the same sequences' beginning.
         need_logits: whether to return them, by default where there are no labels.
-        generator: of the router's noise; None for PyTorch's global one.
+        generator: of the router's noise; None for PyTorch's global one, which alone activation
+            checkpointing replays.
+
+        Raises:
+            ValueError: on a generator under activation checkpointing: the recomputation would draw
+                other noise, and the gradient be that of another routing.
         """
+        if generator is not None and self.activation_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                "generator must be None under activation checkpointing, which replays PyTorch's "
+                "global stream only"
+            )
         past = caches[0].keys.shape[1] if caches else 0
         positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         context = RouterContext(
             token_ids=input_ids.flatten(),
-            document_ids=None if document_ids is None else document_ids.flatten(),
+            # With caches, `document_ids` begin with those of the cached tokens.
+            document_ids=None if document_ids is None else document_ids[:, past:].flatten(),
             valid=None if valid is None else valid.flatten(),
             batch_shape=(input_ids.shape[0], input_ids.shape[1]),
             training=self.training,
