@@ -1,0 +1,280 @@
+"""Are the layer and the model the functions that they should be, from what weights they should?"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_equals, randn, relative_error
+from model_cases import tiny_config, tiny_model, tokens
+
+from moe.layer import DenseFeedForward, MoELayer
+from moe.model import MoETransformer, init_weights, num_parameters
+from moe.routing import RouterContext
+from moe.variants import load_variant
+
+# --- the expert layer ---
+
+
+def context(num_tokens):
+    return RouterContext(torch.zeros(num_tokens).long(), None, None, (1, num_tokens), False)
+
+
+def moe_layer(seed=0, **moe):
+    """One layer with weights of 0.3, in float64."""
+    layer = MoELayer(tiny_config(moe=moe)).double()
+    with torch.no_grad():
+        for n, parameter in enumerate(layer.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed + n) * 0.3)
+    return layer
+
+
+def test_one_expert_is_the_dense_layer():
+    # A softmax over one expert is 1: the router's weight says nothing.
+    router = {"name": "topk", "top_k": 1, "normalize": False}
+    layer = moe_layer(num_experts=1, router=router)
+    dense = DenseFeedForward(24, 14).double()
+    for name in ("w1", "w2", "w3"):
+        getattr(dense, name).weight.data = getattr(layer.experts, name).data[0]
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    out, routing = layer(x, context(30))
+    assert_equals(out, dense(x))
+    assert routing.tokens_per_expert.tolist() == [30]
+
+
+def test_all_experts_at_equal_weights_are_their_mean():
+    layer = moe_layer(router={"name": "topk", "top_k": 6})
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
+    each = [(F.silu(x @ w1[e].T) * (x @ w3[e].T)) @ w2[e].T for e in range(6)]
+    assert_equals(layer(x, context(30))[0], torch.stack(each).mean(0))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_layer_does_not_depend_on_the_order_of_experts_or_tokens(score):
+    router = {"name": "topk", "score": score, "bias_update_rate": 0.01}
+    layer, shuffled = moe_layer(router=router), moe_layer(router=router)
+    layer.router.expert_bias.copy_(randn(6, seed=4) * 0.1)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    with torch.no_grad():
+        for name, parameter in shuffled.named_parameters():
+            parameter.copy_(layer.get_parameter(name)[order])
+        shuffled.router.expert_bias.copy_(layer.router.expert_bias[order])
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    (out, routing), (other, other_routing) = layer(x, context(30)), shuffled(x, context(30))
+    assert_equals(other, out)
+    assert torch.equal(order[other_routing.topk_indices], routing.topk_indices)
+    assert torch.equal(other_routing.tokens_per_expert, routing.tokens_per_expert[order])
+    mixed = torch.randperm(30)
+    assert_equals(layer(x[mixed], context(30))[0], out[mixed])
+
+
+def test_shared_experts_are_added_for_every_token():
+    layer = moe_layer(num_shared_experts=2, shared_intermediate_size=5)
+    assert layer.shared_experts.w1.weight.shape == (10, 24)
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    with_shared, _ = layer(x, context(30))
+    shared, layer.shared_experts = layer.shared_experts, None
+    assert_equals(with_shared, layer(x, context(30))[0] + shared(x))
+
+
+def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch):
+    layer = moe_layer()
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    fused, _ = layer(x, context(30))
+    monkeypatch.delattr(load_variant("experts", "swiglu").Experts, "fused")
+    assert_equals(layer(x, context(30))[0], fused)
+
+
+# --- initialisation ---
+
+
+def test_weights_depend_on_seed_name_and_global_expert_id_alone():
+    small, large = tiny_model(3, moe={"num_experts": 4}), tiny_model(3, moe={"num_experts": 9})
+    again, other = tiny_model(3, moe={"num_experts": 4}), tiny_model(4, moe={"num_experts": 4})
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        if "norm" not in name:
+            assert not torch.equal(parameter, other.get_parameter(name)), name
+        wide = large.get_parameter(name)
+        if ".experts." in name:
+            assert torch.equal(wide[:4], parameter), name
+        elif "router" not in name:
+            assert torch.equal(wide, parameter), name
+    # No two experts, layers or matrices share a stream.
+    values = [
+        round(value.item(), 9)
+        for name, p in large.named_parameters()
+        if "norm" not in name
+        for value in (p.flatten(1)[:, 0] / p.std() if ".experts." in name else [p.flatten()[0]])
+    ]
+    assert len(set(values)) == len(values)
+
+
+def test_experts_of_a_rank_are_those_of_the_whole_model():
+    class Share(MoELayer):
+        first_expert = 2
+
+        def build_experts(self, config):
+            share = config.moe.model_copy(update={"num_experts": 3})
+            return super().build_experts(config.model_copy(update={"moe": share}))
+
+    whole, part = tiny_model(5), MoETransformer(tiny_config(init_std=0.3), moe_layer=Share)
+    init_weights(part, 5)
+    for name, parameter in part.named_parameters():
+        expected = whole.get_parameter(name)
+        assert torch.equal(parameter, expected[2:5] if ".experts." in name else expected), name
+
+
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_projections_into_the_residual_stream_shrink_with_depth(num_layers):
+    model = tiny_model(
+        num_layers=num_layers, hidden_size=64, init_std=0.1, moe={"num_shared_experts": 1}
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+            continue
+        into_stream = name.endswith("wo.weight") or ".w2" in name
+        expected = 0.1 / math.sqrt(2 * num_layers) if into_stream else 0.1
+        # Five standard deviations of an estimate from so many values.
+        error = 5 / math.sqrt(2 * parameter.numel())
+        assert float(parameter.detach().std()) == pytest.approx(expected, rel=error), name
+        assert abs(float(parameter.detach().mean())) < 5 * expected / math.sqrt(parameter.numel())
+
+
+def test_tied_embeddings_are_one_tensor():
+    tied, untied = tiny_model(tie_embeddings=True), tiny_model()
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight is not untied.embedding.weight
+    table = 67 * 24
+    assert num_parameters(untied).total - num_parameters(tied).total == table
+    assert num_parameters(tied).embedding == table
+    ids = tokens(2, 6)
+    tied(ids, ids).loss.backward()
+    assert torch.count_nonzero(tied.embedding.weight.grad.norm(dim=1)) == 67
+
+
+def test_first_loss_is_near_log_vocabulary():
+    model = tiny_model(init_std=0.02)
+    out = model(tokens(4, 32), tokens(4, 32, seed=2))
+    assert out.lm_loss.item() == pytest.approx(math.log(67), rel=0.02)
+
+
+# --- forward ---
+
+
+@pytest.mark.parametrize("feed_forward", ["moe", "dense"])
+def test_activation_checkpointing_changes_no_gradient(feed_forward):
+    ids = tokens(2, 12)
+    document_ids = torch.arange(12).expand(2, 12) // 5
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model(feed_forward=feed_forward)
+        model.activation_checkpointing = checkpointing
+        model(ids, ids, document_ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_noise_generator_under_activation_checkpointing_is_refused():
+    model = tiny_model(moe={"router": {"name": "topk", "jitter": 0.2}})
+    model.activation_checkpointing = True
+    with pytest.raises(ValueError, match=r"^generator must be None under"):
+        model(tokens(1, 4), generator=torch.Generator())
+    with torch.no_grad():
+        model(tokens(1, 4), generator=torch.Generator())
+
+
+def test_every_parameter_gets_a_gradient():
+    model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "first_dense": 1})
+    ids = tokens(4, 16)
+    model(ids, ids.roll(-1, 1)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_equal_steps_give_equal_bits():
+    results = []
+    for _ in range(2):
+        model = tiny_model()
+        ids = tokens(4, 16)
+        out = model(ids, ids)
+        out.loss.backward()
+        results.append([out.loss, *[p.grad for p in model.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_bfloat16_by_autocast_is_near_float32():
+    # Weights of the real initialisation: with large ones a changed choice dominates.
+    model = tiny_model(init_std=0.02)
+    ids = tokens(4, 16)
+    exact = model(ids, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = model(ids, ids)
+    assert ours.loss.dtype == torch.float32
+    assert relative_error(ours.loss, exact.loss) < 1e-3
+    for routing in ours.routings:
+        assert routing.router_logits.dtype == routing.topk_weights.dtype == torch.float32
+    ours.loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_logits_are_returned_only_when_wanted():
+    model, ids = tiny_model(), tokens(2, 5)
+    assert model(ids).logits.shape == (2, 5, 67)
+    assert model(ids, ids).logits is None
+    assert model(ids, ids, need_logits=True).logits.shape == (2, 5, 67)
+    assert model(ids, need_logits=False).logits is None
+    assert model(ids).loss is None
+    assert len(model(ids).caches) == 2
+    assert model(ids, ids).caches == ()
+
+
+def test_documents_with_a_cache_equal_the_whole_sequence():
+    model = tiny_model(dtype=torch.float64).eval()
+    seen = []
+    model.blocks[0].feed_forward.router.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[1])
+    )
+    ids = tokens(2, 9)
+    document_ids = torch.arange(9).expand(2, 9) // 4
+    with torch.no_grad():
+        whole = model(ids, document_ids=document_ids).logits
+        first = model(ids[:, :5], document_ids=document_ids[:, :5])
+        rest = model(ids[:, 5:], document_ids=document_ids, caches=first.caches)
+    assert relative_error(rest.logits, whole[:, 5:]) < 1e-10
+    assert torch.equal(seen[-1].document_ids, document_ids[:, 5:].flatten())
+    assert seen[-1].token_ids.shape == seen[-1].document_ids.shape
+
+
+def test_model_builds_on_meta_and_loads_its_state():
+    source = tiny_model(moe={"router": {"name": "topk", "bias_update_rate": 0.01}})
+    source.blocks[0].feed_forward.router.expert_bias.copy_(torch.arange(6) / 7)
+    with torch.device("meta"):
+        model = MoETransformer(source.config)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    ids = tokens(2, 6)
+    assert torch.equal(model(ids).logits, source(ids).logits)
+    assert {"blocks.0.feed_forward.router.expert_bias"} <= set(source.state_dict())
+    assert all(
+        f"blocks.1.feed_forward.experts.{w}" in source.state_dict() for w in ("w1", "w2", "w3")
+    )
+
+
+def test_expert_bias_survives_casts_of_the_whole_model():
+    model = tiny_model(moe={"router": {"name": "topk", "bias_update_rate": 0.01}})
+    router = model.blocks[1].feed_forward.router
+    router.expert_bias.copy_(7 + torch.arange(6) / 1000)
+    before = router.expert_bias.clone()
+    state = model.to(torch.bfloat16).state_dict()
+    assert torch.equal(state["blocks.1.feed_forward.router.expert_bias"], before)
+    restored = tiny_model(dtype=torch.bfloat16, moe={"router": {"name": "topk"}})
+    restored.load_state_dict(state)
+    bias = restored.blocks[1].feed_forward.router.expert_bias
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias, before)
