@@ -1,5 +1,6 @@
 """What does a person watching the run see? One line that stays on a terminal, lines in a pipe."""
 
+import shutil
 import sys
 import time
 from typing import NamedTuple, TextIO
@@ -45,19 +46,28 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m"
 
 
-def format_line(status: Status, seconds_left: float) -> str:
-    """The status line."""
-    parts = [
-        f"step {status.step}/{status.num_steps}",
-        f"loss {status.lm_loss:.4f}",
-        f"lr {status.learning_rate:.2e}",
-        f"grad {status.gradient_norm:.2f}",
-        f"{status.tokens_per_second:,.0f} tok/s",
-        "mfu n/a" if status.mfu is None else f"mfu {status.mfu:.1%}",
-    ]
+# What goes first where the terminal is too narrow for all: a line that wraps cannot be replaced.
+_DROPPED_FIRST = ("mfu", "rate", "gradient", "dead", "violation", "speed")
+
+
+def format_line(status: Status, seconds_left: float, width: int | None = None) -> str:
+    """The status line, in at most `width` characters."""
+    parts = {
+        "step": f"step {status.step}/{status.num_steps}",
+        "loss": f"loss {status.lm_loss:.4f}",
+        "rate": f"lr {status.learning_rate:.2e}",
+        "gradient": f"grad {status.gradient_norm:.2f}",
+        "speed": f"{status.tokens_per_second:,.0f} tok/s",
+        "mfu": "mfu n/a" if status.mfu is None else f"mfu {status.mfu:.1%}",
+    }
     if status.max_violation is not None:
-        parts += [f"maxvio {status.max_violation:.2f}", f"dead {status.dead_experts}"]
-    return " | ".join([*parts, f"left {format_duration(seconds_left)}"])
+        parts["violation"] = f"maxvio {status.max_violation:.2f}"
+        parts["dead"] = f"dead {status.dead_experts}"
+    parts["left"] = f"left {format_duration(seconds_left)}"
+    for name in _DROPPED_FIRST:
+        if width is not None and len(" | ".join(parts.values())) > width:
+            parts.pop(name, None)
+    return " | ".join(parts.values())[:width]
 
 
 class StatusLine:
@@ -81,7 +91,8 @@ class StatusLine:
         """Print one line."""
         began, first = self._start or (time.monotonic(), status.step)
         pace = (time.monotonic() - began) / max(1, status.step - first)
-        line = format_line(status, pace * (status.num_steps - status.step))
+        width = shutil.get_terminal_size().columns - 1 if self.live else None
+        line = format_line(status, pace * (status.num_steps - status.step), width)
         if self.live:
             self._write("\r" + line.ljust(self._shown))
             self._shown = len(line)
