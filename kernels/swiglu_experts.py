@@ -43,24 +43,24 @@ class _Options(NamedTuple):
     dtype: torch.dtype
 
 
-def _swiglu(gate: Tensor, up: Tensor, clamp: float | None) -> Tensor:
-    """a = silu(gate) * up, (n, F)."""
-    if clamp is not None:
-        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
-    return F.silu(gate).mul_(up)
+def _activate(gate: Tensor, clamp: float | None) -> Tensor:
+    """silu of the clamped gate, (n, F)."""
+    return F.silu(gate if clamp is None else gate.clamp(max=clamp))
+
+
+def _clip(up: Tensor, clamp: float | None) -> Tensor:
+    return up if clamp is None else up.clamp(-clamp, clamp)
 
 
 def _swiglu_backward(
-    grad_a: Tensor, gate: Tensor, up: Tensor, clamp: float | None
+    grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, each (n, F), from that of a."""
+    """Gradients of gate and up, each (n, F), from that of a; `activated` is silu(gate), used up."""
+    grad_up = activated.mul_(grad_a)
     if clamp is None:
-        grad_up = F.silu(gate).mul_(grad_a)
-        return torch.ops.aten.silu_backward(grad_a * up, gate), grad_up
-    gate_in, up_in = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
-    grad_up = F.silu(gate_in).mul_(grad_a).masked_fill_(up.abs() > clamp, 0)
-    grad_gate = torch.ops.aten.silu_backward(grad_a * up_in, gate_in)
-    return grad_gate.masked_fill_(gate > clamp, 0), grad_up
+        return torch.ops.aten.silu_backward(grad_a.mul_(up), gate), grad_up
+    grad_gate = torch.ops.aten.silu_backward(grad_a.mul_(_clip(up, clamp)), gate.clamp(max=clamp))
+    return grad_gate.masked_fill_(gate > clamp, 0), grad_up.masked_fill_(up.abs() > clamp, 0)
 
 
 def _up_projection(x_rows: Tensor, w1: Tensor, w3: Tensor, spans) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class _SwigluExpertsSorted(torch.autograd.Function):
         zero_unused_rows(spans, y)
         activations = torch.empty_like(gate) if options.save == "xha" else None
         for e, first, end in spans:
-            a = _swiglu(gate[first:end], up[first:end], options.clamp)
+            a = _activate(gate[first:end], options.clamp).mul_(_clip(up[first:end], options.clamp))
             torch.mm(a, w2[e].T, out=y[first:end])
             if activations is not None:
                 activations[first:end] = a
@@ -129,15 +129,19 @@ def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight
     for e, first, end in spans:
         rows = slice(first, end)
         g, x = grad_y[rows], x_rows[rows]
-        a = activations[rows] if activations is not None else None
-        if a is None:
-            a = _swiglu(gate[rows], up[rows], options.clamp)  # (n, F)
+        activated = _activate(gate[rows], options.clamp)  # (n, F)
+        if activations is None:
+            a = activated * _clip(up[rows], options.clamp)
+        else:
+            a = activations[rows]
         grad_a = g @ w2[e]  # (n, F), before the combine weight
         if scale is not None:
             grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
             s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
-            grad_a, a = grad_a.mul_(s), a * s
-        grad_gate, grad_up = _swiglu_backward(grad_a, gate[rows], up[rows], options.clamp)
+            grad_a, g = grad_a.mul_(s), g * s
+        grad_gate, grad_up = _swiglu_backward(
+            grad_a, activated, gate[rows], up[rows], options.clamp
+        )
         torch.mm(grad_gate, w1[e], out=grad_x[rows])
         grad_x[rows].addmm_(grad_up, w3[e])
         for buffer, left, right in zip(
@@ -163,7 +167,7 @@ class _SwigluExperts(torch.autograd.Function):
         y = torch.empty_like(x_rows)
         activations = torch.empty_like(gate) if options.save == "xha" else None
         for e, first, end in spans:
-            a = _swiglu(gate[first:end], up[first:end], options.clamp)
+            a = _activate(gate[first:end], options.clamp).mul_(_clip(up[first:end], options.clamp))
             torch.mm(a, w2[e].T, out=y[first:end])
             if activations is not None:
                 activations[first:end] = a
