@@ -412,6 +412,9 @@ class Loop:
         if evaluation is None:
             return None
         self.history.append(HistoryPoint(step, evaluation.mean_loss, self._train_seconds))
+        if not evaluation.loss:
+            self.status.message(f"step {step}: no validation text to evaluate")
+            return evaluation
         by_domain = ", ".join(f"{name} {loss:.3f}" for name, loss in evaluation.loss.items())
         self.status.message(
             f"step {step}: validation {evaluation.mean_loss:.4f} nats/token ({by_domain})"

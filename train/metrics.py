@@ -3,6 +3,7 @@
 Tags live here and nowhere else. Definitions: `moe.routing`.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -79,13 +80,20 @@ class MetricsWriter:
         self.loss_weights = {loss.name: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
         self._warn = warn
         self._writer: SummaryWriter | None = None
+        self._excepthook = threading.excepthook
         self._guard(lambda: self._open(directory, first_step))
 
     def _open(self, directory: Path, first_step: int) -> None:
         # Without purge_step the curves of a resumed run double back.
         purge_step = first_step if first_step > 0 else None
+        threading.excepthook = self._on_thread_error
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=20)
         self._writer.add_custom_scalars(self._layout())
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # The event file is written by a thread, whose error the next call raises to us again.
+        if type(error.thread).__name__ != "_AsyncWriterThread":
+            self._excepthook(error)
 
     def _guard(self, write: Callable[[], None]) -> None:
         try:
@@ -187,8 +195,14 @@ class MetricsWriter:
         if self._writer is not None:
             self._guard(write)
 
+    def flush(self) -> None:
+        """Write what is buffered; before a checkpoint, lest a resumed run's curves have a gap."""
+        if self._writer is not None:
+            self._guard(self._writer.flush)
+
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered, and end."""
         if self._writer is not None:
             self._guard(self._writer.close)
             self._writer = None
+        threading.excepthook = self._excepthook

@@ -1,5 +1,6 @@
 """What will a run cost? Sizes, FLOPs and memory of a config, computed without training."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,24 @@ def make_plan(config: RunConfig, model_config: ModelConfig, compute_bytes: int) 
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
     )
+
+
+def check_memory(plan: Plan, device: str) -> None:
+    """Refuse what cannot fit: the system would end a run that outgrows it without a word.
+
+    Raises:
+        MemoryError: if weights, gradients and moments alone need more than the machine has.
+    """
+    if device == "cuda":
+        available = torch.cuda.mem_get_info()[1]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = plan.weight_bytes + plan.gradient_bytes + plan.optimizer_bytes
+    if needed > available:
+        raise MemoryError(
+            f"weights, gradients and optimizer need {format_bytes(needed)}, {device} has "
+            f"{format_bytes(available)}"
+        )
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int, tokens: int) -> int:

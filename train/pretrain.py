@@ -1,5 +1,6 @@
 """The main program: a config in, a trained model out. `python -m train.pretrain --config FILE`."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -19,12 +20,13 @@ from train.figures import domain_expert_map, save_figure
 from train.generate import sample_text
 from train.loop import Loop, Position, StopRequest
 from train.metrics import MetricsWriter
-from train.plan import describe_plan, make_plan
+from train.plan import check_memory, describe_plan, make_plan
 from train.program import guarded
 from train.random_state import get_random_state, seed_all, set_random_state
 from train.run_directory import replace_file, storage_errors
 from train.status import StatusLine
 from train.summary import render_summary, summarize
+from train.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
 from train.validation import Evaluation, evaluate
 
 
@@ -41,7 +43,7 @@ def _main(options: Any, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
     if options.dry_run:
-        model = with_vocab_size(config.model, config.tokenizer.vocab_size)
+        model = with_vocab_size(config.model, planned_vocab_size(config.tokenizer))
         device = choose_device(config.training.device)
         auto = config.training.precision == "auto" and bfloat16_is_faster(device)
         half = auto or config.training.precision == "bfloat16"
@@ -65,6 +67,15 @@ def refuse_foreign_kernels() -> None:
             f"`import kernels` finds {found}, not this project's: the Hugging Face package of that "
             f"name must not be in the same environment (pip uninstall kernels)"
         )
+
+
+def planned_vocab_size(tokenizer: TokenizerConfig) -> int:
+    """The vocabulary that the tokenizer will have; a BPE of little text may end up smaller."""
+    if tokenizer.kind == "bytes":
+        return ByteTokenizer.vocab_size
+    if tokenizer.file is not None:
+        return load_tokenizer(Path(tokenizer.file).expanduser()).vocab_size
+    return tokenizer.vocab_size
 
 
 def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -105,18 +116,19 @@ def run(config: RunConfig) -> int:
     """Prepare, resume or begin, train, summarise. The run directory is locked by the caller."""
     run_dir = Path(config.output_dir)
     status = StatusLine()
+
+    def warn(text: str) -> None:
+        status.message(f"warning: {text}")
+
+    # Refused before minutes are spent on the data, and before anything is written.
+    found = find_checkpoint(run_dir, config.checkpoint.resume, warn)
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
-    for message in (*data.skipped, *data.notes):
-        status.message(f"note: {message}")
     status.message(describe(data))
     model_config = with_vocab_size(config.model, data.tokenizer.vocab_size)
     facts = identity(config, model_config, data)
-    # Anything on the disk is checked before anything is written to it.
-    found = find_checkpoint(
-        run_dir, config.checkpoint.resume, lambda text: status.message(f"warning: {text}")
-    )
     if found is not None:
         refuse_changes(found.state["identity"], facts)
+    check_memory(make_plan(config, model_config, 2), choose_device(config.training.device))
     seed_all(config.seed)
     engine = build_engine(
         config, model_config, precision=found.state["precision"] if found else None
@@ -129,52 +141,60 @@ def run(config: RunConfig) -> int:
         f"{'resuming at step ' + str(position.step) if found else 'starting'} on {engine.device} "
         f"in {engine.precision}, kernels: torch, output in {run_dir}"
     )
-    writer = None
-    if config.logging.tensorboard:
-        writer = MetricsWriter(
-            run_dir / "tensorboard",
-            model_config,
-            position.step + 1 if found else 0,
-            lambda text: status.message(f"warning: {text}"),
+    first_step = position.step + 1 if found else 0
+    with open_writer(run_dir, config, model_config, first_step, warn) as writer:
+
+        def save(at: Position) -> None:
+            if writer is not None:
+                writer.flush()
+            state = {
+                "step": at.step,
+                "evaluated": at.evaluated,
+                "precision": engine.precision,
+                "identity": facts,
+                "config": config.model_dump(mode="json"),
+            }
+            tensors = {**engine.state_tensors(), "random": get_random_state()}
+            keep = config.checkpoint.keep_last
+            save_checkpoint(run_dir, at.step, tensors, state, keep_last=keep, warn=warn)
+
+        loop = Loop(
+            engine,
+            data,
+            config.model_copy(update={"model": model_config}),
+            writer=writer,
+            status=status,
+            save=save,
+            sample=lambda stop: _sample(engine, data, config, stop),
         )
-        writer.write_text("config", dump_config(config), position.step)
-
-    def save(at: Position) -> None:
-        state = {
-            "step": at.step,
-            "evaluated": at.evaluated,
-            "precision": engine.precision,
-            "identity": facts,
-            "config": config.model_dump(mode="json"),
-        }
-        tensors = {**engine.state_tensors(), "random": get_random_state()}
-        save_checkpoint(run_dir, at.step, tensors, state, keep_last=config.checkpoint.keep_last)
-
-    loop = Loop(
-        engine,
-        data,
-        config.model_copy(update={"model": model_config}),
-        writer=writer,
-        status=status,
-        save=save,
-        sample=lambda stop: _sample(engine, data, config, stop),
-    )
-    began = time.monotonic()
-    first = position.step
-    with StopRequest() as stop:
-        position, evaluation = loop.run(position, stop)
+        began, first = time.monotonic(), position.step
+        with StopRequest() as stop:
+            position, evaluation = loop.run(position, stop)
     seconds = time.monotonic() - began if position.step > first else None
     if stop.exit_code:
         status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
-    else:
-        evaluation = evaluation or evaluate(
-            engine, data, config.evaluation.batch_size, config.training.seq_len
-        )
-        assert evaluation is not None
-        finish(run_dir, config, model_config, data, evaluation, seconds, status)
-    if writer is not None:
-        writer.close()
-    return stop.exit_code
+        return stop.exit_code
+    evaluation = evaluation or evaluate(
+        engine, data, config.evaluation.batch_size, config.training.seq_len
+    )
+    assert evaluation is not None
+    finish(run_dir, config, model_config, data, evaluation, seconds, status)
+    return 0
+
+
+def open_writer(
+    run_dir: Path,
+    config: RunConfig,
+    model: ModelConfig,
+    first_step: int,
+    warn: Callable[[str], None],
+) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """The writer of the curves, closed however the run ends: they are what explains it."""
+    if not config.logging.tensorboard:
+        return contextlib.nullcontext()
+    writer = MetricsWriter(run_dir / "tensorboard", model, first_step, warn)
+    writer.write_text("config", dump_config(config), first_step)
+    return contextlib.closing(writer)
 
 
 def restore(engine: PlainEngine, checkpoint: Checkpoint) -> Position:
@@ -226,14 +246,17 @@ def finish(
     with storage_errors(run_dir):
         replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     status.message("\n" + render_summary(summary, model.moe.num_experts) + "\n")
-    if model.moe_layers:
+    if summary["layers"]:
         figure = domain_expert_map(
             evaluation.tokens_per_expert, data.domain_names, model.moe_layers
         )
         save_figure(figure, run_dir / "domain_expert_map.png")
         status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
+    if config.logging.tensorboard:
+        status.message(
+            f"the curves:                        tensorboard --logdir {run_dir / 'tensorboard'}"
+        )
     status.message(
-        f"the curves:                        tensorboard --logdir {run_dir / 'tensorboard'}\n"
         f"let it write:                      python -m train.generate {run_dir} --prompt 'def '"
     )
 

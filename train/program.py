@@ -14,7 +14,10 @@ OUT_OF_MEMORY = 8
 def guarded(program: Callable[[], int]) -> int:
     """Run a program; what a user can cause becomes a message and an exit code, not a traceback."""
     try:
-        return program()
+        code = program()
+        # While an error can still be handled; Python flushes again, and complains, at exit.
+        sys.stdout.flush()
+        return code
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -22,16 +25,27 @@ def guarded(program: Callable[[], int]) -> int:
         print("\nstopped by Ctrl-C; nothing had to be saved", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); keep Python from complaining at exit.
+        # The reader of our output went away (`| head`), which is how most programs end then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
         first_line = str(error).splitlines()[0] if str(error) else "MemoryError"
         print(
-            f"error: out of memory ({first_line}); lower training.micro_batch_size, or set "
-            f"training.activation_checkpointing: true",
+            f"error: out of memory ({first_line}); lower training.micro_batch_size, set "
+            f"training.activation_checkpointing: true or choose a smaller model (--dry-run shows "
+            f"what takes how much)",
             file=sys.stderr,
         )
         return OUT_OF_MEMORY
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, the system or PyTorch could not get memory; PyTorch's CPU allocator and its
+    sizes beyond 64 bits are plain RuntimeErrors."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory", "cannot allocate memory", "overflowed")
+    return any(phrase in text for phrase in phrases)

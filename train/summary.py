@@ -11,7 +11,10 @@ from train.validation import Evaluation
 def summarize(
     evaluation: Evaluation, model: ModelConfig, tokens: int, seconds: float | None
 ) -> dict[str, Any]:
-    """The run's results as JSON values; seconds of training, None if this process had none."""
+    """The run's results as JSON values; means are None without validation text.
+
+    Args: seconds: of training, None if this process had none.
+    """
     load = evaluation.tokens_per_expert.sum(0)  # (L, E)
     layers = [
         {
@@ -22,7 +25,7 @@ def summarize(
             "domain_expert_information": float(evaluation.information[index]),
             "shuffled_control": float(evaluation.shuffled_information[index]),
         }
-        for index, layer in enumerate(model.moe_layers)
+        for index, layer in enumerate(model.moe_layers if evaluation.loss else ())
     ]
     domains = {
         name: {
@@ -37,8 +40,8 @@ def summarize(
     return {
         "training_tokens": tokens,
         "training_seconds": seconds,
-        "mean_loss": evaluation.mean_loss,
-        "mean_gain": evaluation.mean_gain,
+        "mean_loss": evaluation.mean_loss if domains else None,
+        "mean_gain": evaluation.mean_gain if domains else None,
         "dead_experts": sum(layer["dead_experts"] for layer in layers),
         "domains": domains,
         "layers": layers,
@@ -49,6 +52,11 @@ def render_summary(summary: dict[str, Any], num_experts: int) -> str:
     """Two tables: loss by domain against what unigrams give, and expert use by layer."""
     tokens, seconds = summary["training_tokens"], summary["training_seconds"]
     took = "" if seconds is None else f" in {format_duration(seconds)}"
+    if not summary["domains"]:
+        return (
+            f"After {tokens:,} training tokens{took}: there is no validation text; give more "
+            f"documents, or raise data.validation_fraction"
+        )
     lines = [
         f"After {tokens:,} training tokens{took}, on held-out text (nats per token):",
         "",

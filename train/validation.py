@@ -1,5 +1,6 @@
 """How good is the model on each domain's held-out text, and which experts did it use there?"""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ NUM_SHUFFLES = 8
 class Evaluation(NamedTuple):
     """One pass over the validation text.
 
-    loss: nats per token of each domain. unigram_entropy, bits_per_byte: of each domain.
-    num_tokens: predicted tokens of each domain. tokens_per_expert: (domains, L, E) assignments, L
+    loss: nats per token of each domain that has validation text; unigram_entropy, bits_per_byte,
+    num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments, L
     routed layers. information: (L,) I(domain; expert) / H(domain). shuffled_information: (L,) the
     same with the domains of the sequences permuted, what chance alone would give.
     """
@@ -32,14 +33,17 @@ class Evaluation(NamedTuple):
 
     @property
     def mean_loss(self) -> float:
-        """Mean over domains, each counting the same."""
-        return sum(self.loss.values()) / max(1, len(self.loss))
+        """Mean over domains, each counting the same; NaN without any validation text."""
+        return _mean(list(self.loss.values()))
 
     @property
     def mean_gain(self) -> float:
         """Mean over domains of unigram entropy minus loss, nats per token."""
-        gains = [self.unigram_entropy[name] - loss for name, loss in self.loss.items()]
-        return sum(gains) / max(1, len(gains))
+        return _mean([self.unigram_entropy[name] - loss for name, loss in self.loss.items()])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
@@ -95,8 +99,10 @@ def _evaluate(engine, data, batch_size, seq_len, stop) -> Evaluation | None:
                 domains.append(batch.domain_ids)
         if labels:
             loss[domain], num_tokens[domain] = loss_sum / labels, labels
-    by_sequence = torch.cat(counts) if counts else torch.zeros(0, 0, 1, dtype=torch.long)
-    domain_of = torch.cat(domains) if domains else torch.zeros(0, dtype=torch.long)
+    config = engine.model.config
+    none = torch.zeros(0, len(config.moe_layers), config.moe.num_experts, dtype=torch.long)
+    by_sequence = torch.cat([none, *counts])  # (N, L, E)
+    domain_of = torch.cat([none.new_zeros(0), *domains])  # (N,)
     by_domain = sum_by_domain(by_sequence, domain_of, len(data.domain_names))  # (domains, L, E)
     entropy = {name: data.unigram_entropy(name) for name in loss}
     nats_per_bit = torch.log(torch.tensor(2.0)).item()
