@@ -6,6 +6,7 @@ Rows behind the last offset are unused: never read, and 0 in the output.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,29 +15,70 @@ from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 
-def segments(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert that has rows."""
+class Span(NamedTuple):
+    """Rows `first` to `end` of one expert; its matmuls run on to `stop`, see `row_quantum`."""
+
+    expert: int
+    first: int
+    end: int
+    stop: int
+
+
+def row_quantum(device: torch.device, dtype: torch.dtype) -> int:
+    """The number of rows of an expert's matmuls is rounded up to a multiple of this.
+
+    On a CPU, each new shape of a bfloat16 matmul is compiled at its first use (by oneDNN), which
+    takes five times as long as the matmul; and experts have another number of rows at every step.
+    Rounded, the shapes repeat and the compiled ones are found again.
+    """
+    return 64 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def segments(expert_offsets: Tensor, quantum: int = 1) -> list[Span]:
+    """The span of every expert that has rows, in the order of the rows.
+
+    A matmul up to `stop` also computes the first rows of the next expert, wrongly; so experts are
+    worked through in this order, and each overwrites what the one before spilled into its rows.
+    """
     spans = enumerate(itertools.pairwise(expert_offsets.tolist()))
-    return [(e, first, end) for e, (first, end) in spans if end > first]
+    return [
+        Span(e, first, end, first + -(-(end - first) // quantum) * quantum)
+        for e, (first, end) in spans
+        if end > first
+    ]
 
 
-def rows_in_use(spans: list[tuple[int, int, int]]) -> int:
+def rows_in_use(spans: list[Span]) -> int:
     """Number of rows that belong to an expert."""
-    return spans[-1][2] if spans else 0
+    return spans[-1].end if spans else 0
 
 
-def zero_unused_rows(spans: list[tuple[int, int, int]], *buffers: Tensor) -> None:
+def pad_rows(rows: Tensor, spans: list[Span]) -> Tensor:
+    """`rows` (R, ...) with zeros from the last row in use to the last `stop`; R rows at least.
+
+    A copy only where a matmul would read beyond the rows in use.
+    """
+    used, stop = rows_in_use(spans), spans[-1].stop if spans else 0
+    if stop <= used:
+        return rows
+    padded = rows.new_empty(max(stop, rows.shape[0]), *rows.shape[1:])
+    padded[:used] = rows[:used]
+    padded[used:] = 0
+    return padded
+
+
+def zero_unused_rows(spans: list[Span], *buffers: Tensor) -> None:
     """Zero the rows of each (R, ...) buffer that belong to no expert."""
     for buffer in buffers:
         buffer[rows_in_use(spans) :] = 0
 
 
-def zero_idle_experts(spans: list[tuple[int, int, int]], *buffers: Tensor) -> None:
+def zero_idle_experts(spans: list[Span], *buffers: Tensor) -> None:
     """Zero the slices of each (E, ...) buffer whose expert has no rows.
 
     The busy ones are written whole; filling all of a large stack first costs a quarter of a layer.
     """
-    busy = {e for e, _, _ in spans}
+    busy = {span.expert for span in spans}
     for buffer in buffers:
         for e in range(buffer.shape[0]):
             if e not in busy:
@@ -48,30 +90,34 @@ class _GroupedMatmul(torch.autograd.Function):
     # backward pass (5 times the time at 64 experts); a Function writes each slice once.
     @staticmethod
     def forward(ctx, rows, weight, expert_offsets, dtype):
-        spans = segments(expert_offsets)
-        x, w = rows.to(dtype), weight.to(dtype)
-        out = x.new_empty(rows.shape[0], weight.shape[1])
+        spans = segments(expert_offsets, row_quantum(rows.device, dtype))
+        x, w = pad_rows(rows.to(dtype), spans), weight.to(dtype)
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for e, first, _, stop in spans:
+            torch.mm(x[first:stop], w[e].T, out=out[first:stop])
         zero_unused_rows(spans, out)
-        for e, first, end in spans:
-            torch.mm(x[first:end], w[e].T, out=out[first:end])
         ctx.save_for_backward(x, w)
-        ctx.spans, ctx.dtypes = spans, (rows.dtype, weight.dtype)
-        return out
+        ctx.spans, ctx.num_rows, ctx.dtypes = spans, rows.shape[0], (rows.dtype, weight.dtype)
+        return out[: rows.shape[0]]
 
     @staticmethod
     def backward(ctx, grad_out):
         x, w = ctx.saved_tensors
         rows_dtype, weight_dtype = ctx.dtypes
-        grad_out = grad_out.contiguous()
+        grad_out = pad_rows(grad_out.contiguous(), ctx.spans)
         grad_rows = torch.empty_like(x)
-        zero_unused_rows(ctx.spans, grad_rows)
         grad_weight = torch.empty_like(w, dtype=weight_dtype)
         zero_idle_experts(ctx.spans, grad_weight)
-        for e, first, end in ctx.spans:
-            g = grad_out[first:end]
-            torch.mm(g, w[e], out=grad_rows[first:end])
-            grad_weight[e] = g.T @ x[first:end]
-        return grad_rows.to(rows_dtype), grad_weight, None, None
+        for e, first, end, stop in ctx.spans:
+            g = grad_out[first:stop]
+            torch.mm(g, w[e], out=grad_rows[first:stop])
+            if stop > end:
+                # The sum over rows must not see those of the next expert.
+                g = g.clone()
+                g[end - first :] = 0
+            grad_weight[e] = g.T @ x[first:stop]
+        zero_unused_rows(ctx.spans, grad_rows)
+        return grad_rows[: ctx.num_rows].to(rows_dtype), grad_weight, None, None
 
 
 def grouped_matmul(
@@ -125,7 +171,7 @@ def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device
 
     def reference():
         rows, matrices = (t.detach().double().requires_grad_() for t in (x, weight))
-        parts = [rows[first:end] @ matrices[e].T for e, first, end in segments(offsets)]
+        parts = [rows[first:end] @ matrices[e].T for e, first, end, _ in segments(offsets)]
         out = torch.cat(parts)
         return out, *torch.autograd.grad(out, (rows, matrices), grad.double())
 

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from kernels.bench import Case, leaf
 from kernels.dispatch import DispatchPlan, plan_dispatch, sum_rows, weights_by_row
-from kernels.grouped_matmul import rows_in_use, segments, zero_idle_experts, zero_unused_rows
+from kernels.grouped_matmul import (
+    Span,
+    pad_rows,
+    row_quantum,
+    rows_in_use,
+    segments,
+    zero_idle_experts,
+    zero_unused_rows,
+)
 from kernels.launch import (
     check_same_device,
     check_shape,
@@ -63,51 +71,33 @@ def _swiglu_backward(
     return grad_gate.masked_fill_(gate > clamp, 0), grad_up.masked_fill_(up.abs() > clamp, 0)
 
 
-def _up_projection(x_rows: Tensor, w1: Tensor, w3: Tensor, spans) -> tuple[Tensor, Tensor]:
+def _up_projection(
+    x_rows: Tensor, w1: Tensor, w3: Tensor, spans: list[Span]
+) -> tuple[Tensor, Tensor]:
     """gate and up of all rows, each (R, F)."""
     gate = x_rows.new_empty(x_rows.shape[0], w1.shape[1])
     up = torch.empty_like(gate)
-    for e, first, end in spans:
-        torch.mm(x_rows[first:end], w1[e].T, out=gate[first:end])
-        torch.mm(x_rows[first:end], w3[e].T, out=up[first:end])
+    for e, first, _, stop in spans:
+        torch.mm(x_rows[first:stop], w1[e].T, out=gate[first:stop])
+        torch.mm(x_rows[first:stop], w3[e].T, out=up[first:stop])
     return gate, up
 
 
-class _SwigluExpertsSorted(torch.autograd.Function):
-    """y for rows that are sorted by expert already; `scale` (R,) multiplies y where given."""
-
-    @staticmethod
-    def forward(ctx, x_rows, w1, w2, w3, scale, expert_offsets, options):
-        spans = segments(expert_offsets)
-        ctx.dtypes = x_rows.dtype, w1.dtype
-        x_rows, w1, w2, w3 = (t.to(options.dtype) for t in (x_rows, w1, w2, w3))
-        gate, up = _up_projection(x_rows, w1, w3, spans)
-        y = torch.empty_like(x_rows)
-        zero_unused_rows(spans, y)
-        activations = torch.empty_like(gate) if options.save == "xha" else None
-        for e, first, end in spans:
-            a = _activate(gate[first:end], options.clamp).mul_(_clip(up[first:end], options.clamp))
-            torch.mm(a, w2[e].T, out=y[first:end])
-            if activations is not None:
-                activations[first:end] = a
-        if scale is not None:
-            used = rows_in_use(spans)
-            y[:used] *= scale[:used].unsqueeze(-1)
-        saved_h = (gate, up) if options.save != "x" else (None, None)
-        ctx.save_for_backward(x_rows, w1, w2, w3, scale, *saved_h, activations)
-        ctx.spans, ctx.options = spans, options
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x_rows, w1, w2, w3, scale, *saved = ctx.saved_tensors
-        x_dtype, w_dtype = ctx.dtypes
-        grads = _backward_rows(
-            grad_y.contiguous(), x_rows, (w1, w2, w3), scale, saved, ctx.spans, ctx.options, w_dtype
-        )
-        grad_x, grad_scale, grad_w1, grad_w2, grad_w3 = grads
-        grad_scale = None if scale is None else grad_scale.to(scale.dtype)
-        return grad_x.to(x_dtype), grad_w1, grad_w2, grad_w3, grad_scale, None, None
+def _forward_rows(
+    x_rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, spans: list[Span], options: _Options
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """y of all rows (R, D), unused ones undefined; and gate, up and a as far as they are kept."""
+    gate, up = _up_projection(x_rows, w1, w3, spans)
+    y = torch.empty_like(x_rows)
+    activations = torch.empty_like(gate) if options.save == "xha" else None
+    for e, first, _, stop in spans:
+        rows = slice(first, stop)
+        a = _activate(gate[rows], options.clamp).mul_(_clip(up[rows], options.clamp))
+        torch.mm(a, w2[e].T, out=y[rows])
+        if activations is not None:
+            activations[rows] = a
+    kept = (None, None) if options.save == "x" else (gate, up)
+    return y, (*kept, activations)
 
 
 def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight_dtype):
@@ -123,25 +113,26 @@ def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight
     grad_x = torch.empty_like(x_rows)
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_scale = grad_y.new_empty(x_rows.shape[0], dtype=wide)
-    zero_unused_rows(spans, grad_x, grad_scale)
     grad_weights = [torch.empty_like(w, dtype=weight_dtype) for w in weights]
     zero_idle_experts(spans, *grad_weights)
-    for e, first, end in spans:
-        rows = slice(first, end)
-        g, x = grad_y[rows], x_rows[rows]
+    for e, first, end, stop in spans:
+        rows = slice(first, stop)
+        x = x_rows[rows]
         activated = _activate(gate[rows], options.clamp)  # (n, F)
-        if activations is None:
-            a = activated * _clip(up[rows], options.clamp)
-        else:
+        if activations is not None:
             a = activations[rows]
-        grad_a = g @ w2[e]  # (n, F), before the combine weight
-        if scale is not None:
-            grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
-            s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
-            grad_a, g = grad_a.mul_(s), g * s
+        else:
+            a = activated * _clip(up[rows], options.clamp)
+        grad_a = grad_y[rows] @ w2[e]  # (n, F), before the combine weight
+        grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
+        s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
+        grad_a, g = grad_a.mul_(s), grad_y[rows] * s
         grad_gate, grad_up = _swiglu_backward(
             grad_a, activated, gate[rows], up[rows], options.clamp
         )
+        # The sums over rows below must not see the rows of the next expert.
+        for factor in (grad_gate, grad_up, g):
+            factor[end - first :] = 0
         torch.mm(grad_gate, w1[e], out=grad_x[rows])
         grad_x[rows].addmm_(grad_up, w3[e])
         for buffer, left, right in zip(
@@ -151,7 +142,44 @@ def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight
                 torch.mm(left.T, right, out=buffer[e])
             else:
                 buffer[e] = left.T @ right
+    zero_unused_rows(spans, grad_x, grad_scale)
     return grad_x, grad_scale, *grad_weights
+
+
+class _SwigluExpertsSorted(torch.autograd.Function):
+    """y for rows that are sorted by expert already; `scale` (R,) multiplies y."""
+
+    @staticmethod
+    def forward(ctx, rows, w1, w2, w3, scale, expert_offsets, options):
+        spans = segments(expert_offsets, row_quantum(rows.device, options.dtype))
+        ctx.dtypes = rows.dtype, w1.dtype
+        x_rows = pad_rows(rows.to(options.dtype), spans)
+        w1, w2, w3 = (t.to(options.dtype) for t in (w1, w2, w3))
+        y, kept = _forward_rows(x_rows, w1, w2, w3, spans, options)
+        zero_unused_rows(spans, y)
+        y, used = y[: rows.shape[0]], rows_in_use(spans)
+        y[:used] *= scale[:used].unsqueeze(-1)
+        ctx.save_for_backward(x_rows, w1, w2, w3, scale, *kept)
+        ctx.spans, ctx.options = spans, options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x_rows, w1, w2, w3, scale, *saved = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        grad_x, grad_scale, *grad_weights = _backward_rows(
+            pad_rows(grad_y.contiguous(), ctx.spans),
+            x_rows,
+            (w1, w2, w3),
+            pad_rows(scale, ctx.spans),
+            saved,
+            ctx.spans,
+            ctx.options,
+            w_dtype,
+        )
+        num_rows = scale.shape[0]
+        grad_scale = grad_scale[:num_rows].to(scale.dtype)
+        return grad_x[:num_rows].to(x_dtype), *grad_weights, grad_scale, None, None
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -159,21 +187,12 @@ class _SwigluExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3, topk_weights, plan, options):
-        spans = segments(plan.expert_offsets)
+        spans = segments(plan.expert_offsets, row_quantum(x.device, options.dtype))
         ctx.dtypes = x.dtype, w1.dtype
         x, w1, w2, w3 = (t.to(options.dtype) for t in (x, w1, w2, w3))
-        x_rows = x.index_select(0, plan.token_of_row)  # (R, D)
-        gate, up = _up_projection(x_rows, w1, w3, spans)
-        y = torch.empty_like(x_rows)
-        activations = torch.empty_like(gate) if options.save == "xha" else None
-        for e, first, end in spans:
-            a = _activate(gate[first:end], options.clamp).mul_(_clip(up[first:end], options.clamp))
-            torch.mm(a, w2[e].T, out=y[first:end])
-            if activations is not None:
-                activations[first:end] = a
+        y, kept = _forward_rows(_gather(x, plan, spans), w1, w2, w3, spans, options)
         out = sum_rows(y, plan.row_of, rows_in_use(spans), topk_weights)  # (T, D)
-        saved_h = (gate, up) if options.save != "x" else (None, None)
-        ctx.save_for_backward(x, w1, w2, w3, topk_weights, *saved_h, activations)
+        ctx.save_for_backward(x, w1, w2, w3, topk_weights, *kept)
         ctx.plan, ctx.spans, ctx.options = plan, spans, options
         return out
 
@@ -182,17 +201,25 @@ class _SwigluExperts(torch.autograd.Function):
         x, w1, w2, w3, topk_weights, *saved = ctx.saved_tensors
         plan, spans = ctx.plan, ctx.spans
         x_dtype, w_dtype = ctx.dtypes
-        grad_y = grad_out.to(x.dtype).index_select(0, plan.token_of_row)  # (R, D)
-        x_rows = x.index_select(0, plan.token_of_row)
-        scale = weights_by_row(plan, topk_weights)
-        grads = _backward_rows(
-            grad_y, x_rows, (w1, w2, w3), scale, saved, spans, ctx.options, w_dtype
+        grad_rows, grad_scale, *grad_weights = _backward_rows(
+            _gather(grad_out.to(x.dtype), plan, spans),
+            _gather(x, plan, spans),
+            (w1, w2, w3),
+            pad_rows(weights_by_row(plan, topk_weights), spans),
+            saved,
+            spans,
+            ctx.options,
+            w_dtype,
         )
-        grad_rows, grad_scale, grad_w1, grad_w2, grad_w3 = grads
         grad_x = sum_rows(grad_rows, plan.row_of, rows_in_use(spans), None).to(x_dtype)
-        grad_weights = grad_scale.to(topk_weights.dtype)[plan.row_of.clamp(min=0)]
-        grad_weights = grad_weights.masked_fill_(plan.row_of < 0, 0)
-        return grad_x, grad_w1, grad_w2, grad_w3, grad_weights, None, None
+        grad_topk = grad_scale.to(topk_weights.dtype)[plan.row_of.clamp(min=0)]
+        grad_topk = grad_topk.masked_fill_(plan.row_of < 0, 0)
+        return grad_x, *grad_weights, grad_topk, None, None
+
+
+def _gather(x: Tensor, plan: DispatchPlan, spans: list[Span]) -> Tensor:
+    """Each row's token of x (T, D), padded as the spans need: (R, D) or longer."""
+    return pad_rows(x.index_select(0, plan.token_of_row), spans)
 
 
 def _check(op: str, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, save: str) -> None:
@@ -275,6 +302,8 @@ def swiglu_experts_sorted(
         check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))
     resolve_backend("swiglu_experts_sorted", backend, rows)
     options = _Options(clamp, save, compute_dtype(rows))
+    if scale is None:
+        scale = torch.ones(rows.shape[0], device=rows.device)
     with no_autocast(rows):
         return _SwigluExpertsSorted.apply(rows, w1, w2, w3, scale, expert_offsets, options)
 
