@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
 from train.config import RunConfig
@@ -41,14 +42,13 @@ def make_plan(config: RunConfig, model_config: ModelConfig, compute_bytes: int) 
     with torch.device("meta"):
         model = MoETransformer(model_config)
     count = num_parameters(model)
-    tokens = config.micro_batch_size * config.training.seq_len
     return Plan(
         parameters=count,
         flops_per_token=flops_per_token(model, config.training.seq_len),
         weight_bytes=_FLOAT32 * count.total,
         gradient_bytes=_FLOAT32 * count.total,
         optimizer_bytes=2 * _FLOAT32 * count.total,
-        activation_bytes=activation_bytes(config, model_config, compute_bytes, tokens),
+        activation_bytes=activation_bytes(config, model_config, compute_bytes),
         checkpoint_bytes=3 * _FLOAT32 * count.total,
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
@@ -73,44 +73,77 @@ def check_memory(plan: Plan, device: str) -> None:
         )
 
 
-def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int, tokens: int) -> int:
-    """Bytes that the forward pass of one micro-batch keeps for its backward pass.
+def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
+    """Bytes that the forward pass of one micro-batch keeps for its backward pass, on a CPU.
 
-    The residual stream is in float32; what enters a matmul in `compute_bytes`; attention keeps its
-    probabilities up to 1,024 keys (`kernels.attention`), of which a causal row has about half.
+    The residual stream is in float32; what enters a matmul in `compute_bytes`, the weights
+    included, of which bfloat16 needs copies. A test holds this to what PyTorch saves.
     """
-    wide, c, hidden = _FLOAT32, compute_bytes, model.hidden_size
-    q_size = model.attention.num_heads * model.head_dim
-    kv_size = model.num_kv_heads * model.head_dim
-    # Two norms keep their input; the matmuls after them keep their output.
-    per_token = 2 * (wide + c) * hidden
-    # q, k, v, the attention's output, and the inputs of the QK-norms.
-    per_token += c * (2 * q_size + 2 * kv_size)
-    if model.attention.qk_norm != "none":
-        per_token += c * (q_size + kv_size)
-    if config.training.seq_len <= 1024:
-        per_token += c * model.attention.num_heads * config.training.seq_len * 5 // 8
-    total = 0
-    for layer in range(model.num_layers):
-        total += tokens * (per_token + _feed_forward_bytes(model, layer, c))
-    if config.training.activation_checkpointing:
+    training, hidden = config.training, model.hidden_size
+    tokens = config.micro_batch_size * training.seq_len
+    blocks = [
+        tokens * _attention_bytes(model, training.seq_len, compute_bytes)
+        + tokens * _feed_forward_bytes(model, layer, compute_bytes)
+        + _weight_copies_bytes(model, layer, compute_bytes)
+        for layer in range(model.num_layers)
+    ]
+    kept = sum(blocks)
+    if training.activation_checkpointing:
         # Each block keeps its input; one block at a time is computed again.
-        total = total // model.num_layers + tokens * wide * hidden * model.num_layers
-    # The final norm, and the gradients that the fused cross entropy computes in its forward pass.
+        kept = tokens * _FLOAT32 * hidden * model.num_layers + max(blocks)
+    # The final norm's input, and the gradients that the fused cross entropy computes ahead.
     assert model.vocab_size is not None
-    return total + tokens * (wide + 2 * c) * hidden + wide * model.vocab_size * hidden
+    return (
+        kept + tokens * (_FLOAT32 + compute_bytes) * hidden + _FLOAT32 * model.vocab_size * hidden
+    )
+
+
+def _attention_bytes(model: ModelConfig, seq_len: int, c: int) -> int:
+    """Bytes a token of the norm and the attention of a block, c bytes a number in the matmuls."""
+    num_heads, num_kv_heads = model.attention.num_heads, model.num_kv_heads
+    q_size, kv_size = num_heads * model.head_dim, num_kv_heads * model.head_dim
+    # The norm's input and output; q, k, v and the output of the attention.
+    kept = (_FLOAT32 + c) * model.hidden_size + c * (2 * q_size + 2 * kv_size)
+    if model.attention.qk_norm != "none":
+        # Their inputs, and the inverse of each norm.
+        norms = num_heads + num_kv_heads if model.attention.qk_norm == "head" else 2
+        kept += c * (q_size + kv_size) + _FLOAT32 * norms
+    if seq_len > SHORT_KEYS:
+        # The flash kernel keeps a sum a head, and the mask of packed documents.
+        return kept + _FLOAT32 * num_heads + c * seq_len
+    # Probabilities, by blocks of queries that see the keys up to the block's end.
+    ends = range(BLOCK_QUERIES, seq_len + BLOCK_QUERIES, BLOCK_QUERIES)
+    seen = sum(min(end, seq_len) * (min(end, seq_len) - end + BLOCK_QUERIES) for end in ends)
+    return kept + c * num_heads * seen // seq_len
 
 
 def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """Bytes a token that the feed-forward part of a block keeps beside its input."""
+    """Bytes a token of the norm and the feed-forward part of a block."""
+    kept = (_FLOAT32 + c) * model.hidden_size
     if not model.is_moe_layer(layer):
-        return c * 4 * model.dense_intermediate_size
+        return kept + c * 4 * model.dense_intermediate_size
     moe = model.moe
-    kept = {"x": 0, "xh": 2, "xha": 3}[getattr(moe.experts, "save", "xh")]
-    routed = c * kept * moe.intermediate_size * model.top_k
-    shared = c * 4 * moe.num_shared_experts * model.shared_intermediate_size
-    # Logits and probabilities, in float32.
-    return routed + shared + 2 * _FLOAT32 * moe.num_experts
+    widths = {"x": 0, "xh": 2, "xha": 3}[getattr(moe.experts, "save", "xh")]
+    kept += c * widths * moe.intermediate_size * model.top_k
+    kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
+    # The router's: its input in float32, that times the noise and the noise, logits and
+    # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
+    copies = (c < _FLOAT32) + 2 * (getattr(moe.router, "jitter", 0) > 0)
+    kept += copies * _FLOAT32 * model.hidden_size + 2 * _FLOAT32 * moe.num_experts
+    return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
+
+
+def _weight_copies_bytes(model: ModelConfig, layer: int, c: int) -> int:
+    """Bytes of a block's weights in the matmuls' dtype; none where that is theirs."""
+    if c == _FLOAT32:
+        return 0
+    heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
+    widths = model.dense_intermediate_size
+    if model.is_moe_layer(layer):
+        moe = model.moe
+        widths = moe.num_experts * moe.intermediate_size
+        widths += moe.num_shared_experts * model.shared_intermediate_size
+    return c * model.hidden_size * (heads * model.head_dim + 3 * widths)
 
 
 def format_bytes(count: float) -> str:

@@ -1,0 +1,163 @@
+"""The plan of a run against a real model: parameters, FLOPs, bytes kept, bytes on the disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from training_cases import checkpoint, make_config, make_engine, micro_batches, run
+
+import train.plan
+from train.config import RunConfig
+from train.engine import PlainEngine
+from train.plan import Plan, check_memory, format_bytes, format_count, make_plan
+
+# Large enough that scalars and indices do not weigh.
+WIDE: dict[str, Any] = {
+    "model.hidden_size": 64,
+    "model.num_layers": 3,
+    "model.attention": {"num_heads": 4},
+    "model.moe": {"num_experts": 8, "intermediate_size": 96},
+    "training.seq_len": 64,
+    "training.batch_size": 8,
+    "training.micro_batch_size": 4,
+}
+FINE = {
+    "num_experts": 16,
+    "intermediate_size": 32,
+    "num_shared_experts": 2,
+    "first_dense": 1,
+    "router": {"name": "topk", "top_k": 4, "jitter": 0.1},
+}
+
+
+def experts(save: str) -> dict[str, Any]:
+    return {"model.moe": WIDE["model.moe"] | {"experts": {"name": "swiglu", "save": save}}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "bfloat16": {"training.precision": "bfloat16"},
+    "grouped queries": {
+        "model.attention": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": "none"},
+        "training.seq_len": 300,
+    },
+    "projection norm": {"model.attention": {"num_heads": 4, "qk_norm": "projection"}},
+    "long sequences": {"training.seq_len": 1100, "training.micro_batch_size": 1},
+    "dense": {"model.feed_forward": "dense"},
+    "fine experts": {"model.moe": FINE},
+    "fine experts in bfloat16": {"model.moe": FINE, "training.precision": "bfloat16"},
+    "experts keep x": experts("x"),
+    "experts keep a": experts("xha"),
+    "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
+}
+
+
+def plan_of(config: RunConfig) -> Plan:
+    return make_plan(config, config.model, 2 if config.training.precision == "bfloat16" else 4)
+
+
+def kept_bytes(engine: PlainEngine, config: RunConfig) -> int:
+    """Bytes of the distinct storages that a forward pass saves, but weights and the batch."""
+    batch = micro_batches(config)[0]
+    ours = [*engine.model.parameters(), *(t for t in batch)]
+    known = {t.untyped_storage().data_ptr() for t in ours}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Held, so that no address is used twice.
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = engine(batch)
+    assert output.loss is not None
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in known)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_what_pytorch_saves(case, tmp_path):
+    config = make_config(tmp_path, WIDE | CASES[case])
+    measured = kept_bytes(make_engine(config), config)
+    assert plan_of(config).activation_bytes == pytest.approx(measured, rel=0.06)
+
+
+def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tmp_path):
+    plain = make_config(tmp_path, WIDE)
+    again = make_config(tmp_path, WIDE | {"training.activation_checkpointing": True})
+    kept, without = (kept_bytes(make_engine(config), config) for config in (again, plain))
+    tail = kept - 3 * 4 * 64 * 4 * 64  # but the blocks' inputs: L, float32, tokens, D
+    one_block = (without - tail) / 3
+    assert plan_of(again).activation_bytes == pytest.approx(kept + one_block, rel=0.06)
+    assert kept + one_block < 0.5 * without
+
+
+@pytest.mark.parametrize("case", ["as it is", "dense", "fine experts", "tied"])
+def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
+    # Short sequences: attention computes whole blocks of keys, the formula the causal half.
+    config = make_config(tmp_path, WIDE | CASES[case] | {"training.seq_len": 4})
+    engine, plan = make_engine(config), plan_of(config)
+    total = sum(p.numel() for p in engine.model.parameters())
+    assert plan.parameters.total == total
+    assert plan.weight_bytes == plan.gradient_bytes == 4 * total
+    assert plan.optimizer_bytes == 8 * total
+    batch = micro_batches(config)[0]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        engine.model.eval()(batch.input_ids)
+    forward = counter.get_total_flops() / batch.input_ids.numel()
+    assert plan.flops_per_token / 3 == pytest.approx(forward, rel=0.02)
+    # Two for each weight that a token is multiplied with; norms are no matmuls, attention is small.
+    assert 2 * plan.parameters.active == pytest.approx(forward, rel=0.03)
+
+
+def test_a_checkpoint_takes_the_bytes_that_were_planned(tmp_path):
+    config = make_config(tmp_path, WIDE)
+    assert run(tmp_path / "run", WIDE | {"training.steps": 1, "evaluation.every": 0}) == 0
+    path = checkpoint(tmp_path / "run").path
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert plan_of(config).checkpoint_bytes == pytest.approx(size, rel=0.05)
+
+
+def test_steps_and_tokens_of_the_whole_run(tmp_path):
+    tokens = {"training.steps": ..., "training.tokens": 5000}
+    plan = plan_of(make_config(tmp_path, tokens))
+    # 64 tokens a step: rounded up.
+    assert (plan.tokens_per_step, plan.num_steps, plan.tokens) == (64, 79, 79 * 64)
+
+
+def test_what_cannot_fit_is_refused_and_what_can_is_not(tmp_path, monkeypatch):
+    plan = plan_of(make_config(tmp_path))
+    needed = 16 * plan.parameters.total
+    for pages, fits in ((needed, True), (needed - 1, False)):
+        sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}
+        monkeypatch.setattr(train.plan.os, "sysconf", sizes.__getitem__)
+        if fits:
+            check_memory(plan, "cpu")
+        else:
+            with pytest.raises(MemoryError, match=r"need 291\.8 KiB, cpu has 291\.7 KiB"):
+                check_memory(plan, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "as_bytes", "as_count"),
+    [
+        (0, "0 B", "0"),
+        (999, "999 B", "999"),
+        (1024, "1.0 KiB", "1.02 k"),
+        (12_600_000, "12.0 MiB", "12.60 M"),
+        (3.5 * 2**30, "3.5 GiB", "3.76 B"),
+        (2**42, "4.0 TiB", "4.40 T"),
+    ],
+)
+def test_numbers_are_written_for_people(count, as_bytes, as_count):
+    assert (format_bytes(count), format_count(count)) == (as_bytes, as_count)
+
+
+def test_a_plan_needs_no_memory(tmp_path):
+    """A model of 10^12 parameters is planned on the meta device."""
+    huge = {"model.hidden_size": 2**16, "model.attention": {"num_heads": 64}}
+    moe = {"num_experts": 1024, "intermediate_size": 2**12}
+    plan = plan_of(make_config(Path("unused"), huge | {"model.moe": moe}))
+    assert plan.parameters.total > 1e12
