@@ -16,7 +16,7 @@ from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_back
 
 
 class Span(NamedTuple):
-    """Rows `first` to `end` of one expert; its matmuls run on to `stop`, see `row_quantum`."""
+    """Rows `first` to `end` of one expert; rows from `end` to `stop` are padding."""
 
     expert: int
     first: int
@@ -24,61 +24,76 @@ class Span(NamedTuple):
     stop: int
 
 
+class RowLayout(NamedTuple):
+    """Where the rows of a plan lie in the buffers of a matmul.
+
+    spans: of every expert that has rows, in their order. num_rows: of a buffer. position: (R,)
+    buffer row of each row, or None where both are the same; unused rows have none.
+    """
+
+    spans: list[Span]
+    num_rows: int
+    position: Tensor | None
+
+
 def row_quantum(device: torch.device, dtype: torch.dtype) -> int:
-    """The number of rows of an expert's matmuls is rounded up to a multiple of this.
+    """The number of rows of an expert's matmul is padded to a multiple of this.
 
     On a CPU, each new shape of a bfloat16 matmul is compiled at its first use (by oneDNN), which
     takes five times as long as the matmul; and experts have another number of rows at every step.
-    Rounded, the shapes repeat and the compiled ones are found again.
+    Padded, the shapes repeat and the compiled ones are found again.
     """
     return 64 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
 
 
-def segments(expert_offsets: Tensor, quantum: int = 1) -> list[Span]:
-    """The span of every expert that has rows, in the order of the rows.
-
-    A matmul up to `stop` also computes the first rows of the next expert, wrongly; so experts are
-    worked through in this order, and each overwrites what the one before spilled into its rows.
-    """
-    spans = enumerate(itertools.pairwise(expert_offsets.tolist()))
-    return [
-        Span(e, first, end, first + -(-(end - first) // quantum) * quantum)
-        for e, (first, end) in spans
-        if end > first
-    ]
-
-
-def rows_in_use(spans: list[Span]) -> int:
-    """Number of rows that belong to an expert."""
-    return spans[-1].end if spans else 0
+def layout_rows(expert_offsets: Tensor, num_rows: int, quantum: int) -> RowLayout:
+    """Lay out `num_rows` rows so that each expert begins at a multiple of `quantum`."""
+    offsets = expert_offsets.tolist()
+    spans, start = [], 0
+    for e, (first, end) in enumerate(itertools.pairwise(offsets)):
+        if end > first:
+            stop = start + -(-(end - first) // quantum) * quantum
+            spans.append(Span(e, start, start + end - first, stop))
+            start = stop
+    if quantum == 1:
+        return RowLayout(spans, num_rows, None)
+    shifts = torch.tensor([span.first - offsets[span.expert] for span in spans], dtype=torch.long)
+    sizes = torch.tensor([span.end - span.first for span in spans], dtype=torch.long)
+    position = torch.arange(offsets[-1]) + shifts.repeat_interleave(sizes)
+    return RowLayout(spans, start, position.to(expert_offsets.device))
 
 
-def pad_rows(rows: Tensor, spans: list[Span]) -> Tensor:
-    """`rows` (R, ...) with zeros from the last row in use to the last `stop`; R rows at least.
-
-    A copy only where a matmul would read beyond the rows in use.
-    """
-    used, stop = rows_in_use(spans), spans[-1].stop if spans else 0
-    if stop <= used:
+def place_rows(rows: Tensor, layout: RowLayout) -> Tensor:
+    """Move rows (R, ...) to their positions in a buffer; padding is zero."""
+    if layout.position is None:
         return rows
-    padded = rows.new_empty(max(stop, rows.shape[0]), *rows.shape[1:])
-    padded[:used] = rows[:used]
-    padded[used:] = 0
-    return padded
+    placed = rows.new_zeros(layout.num_rows, *rows.shape[1:])
+    return placed.index_copy_(0, layout.position, rows[: layout.position.numel()])
 
 
-def zero_unused_rows(spans: list[Span], *buffers: Tensor) -> None:
-    """Zero the rows of each (R, ...) buffer that belong to no expert."""
-    for buffer in buffers:
-        buffer[rows_in_use(spans) :] = 0
+def take_rows(placed: Tensor, layout: RowLayout, num_rows: int) -> Tensor:
+    """The reverse of `place_rows`: (num_rows, ...), unused rows zero."""
+    used = rows_in_use(layout)
+    if layout.position is None:
+        placed[used:] = 0
+        return placed
+    rows = placed.new_empty(num_rows, *placed.shape[1:])
+    torch.index_select(placed, 0, layout.position, out=rows[:used])
+    rows[used:] = 0
+    return rows
 
 
-def zero_idle_experts(spans: list[Span], *buffers: Tensor) -> None:
+def rows_in_use(layout: RowLayout) -> int:
+    """Number of rows that belong to an expert."""
+    return sum(span.end - span.first for span in layout.spans)
+
+
+def zero_idle_experts(layout: RowLayout, *buffers: Tensor) -> None:
     """Zero the slices of each (E, ...) buffer whose expert has no rows.
 
     The busy ones are written whole; filling all of a large stack first costs a quarter of a layer.
     """
-    busy = {span.expert for span in spans}
+    busy = {span.expert for span in layout.spans}
     for buffer in buffers:
         for e in range(buffer.shape[0]):
             if e not in busy:
@@ -90,34 +105,29 @@ class _GroupedMatmul(torch.autograd.Function):
     # backward pass (5 times the time at 64 experts); a Function writes each slice once.
     @staticmethod
     def forward(ctx, rows, weight, expert_offsets, dtype):
-        spans = segments(expert_offsets, row_quantum(rows.device, dtype))
-        x, w = pad_rows(rows.to(dtype), spans), weight.to(dtype)
+        layout = layout_rows(expert_offsets, rows.shape[0], row_quantum(rows.device, dtype))
+        x, w = place_rows(rows.to(dtype), layout), weight.to(dtype)
         out = x.new_empty(x.shape[0], weight.shape[1])
-        for e, first, _, stop in spans:
+        for e, first, _, stop in layout.spans:
             torch.mm(x[first:stop], w[e].T, out=out[first:stop])
-        zero_unused_rows(spans, out)
         ctx.save_for_backward(x, w)
-        ctx.spans, ctx.num_rows, ctx.dtypes = spans, rows.shape[0], (rows.dtype, weight.dtype)
-        return out[: rows.shape[0]]
+        ctx.layout, ctx.num_rows, ctx.dtypes = layout, rows.shape[0], (rows.dtype, weight.dtype)
+        return take_rows(out, layout, rows.shape[0])
 
     @staticmethod
     def backward(ctx, grad_out):
         x, w = ctx.saved_tensors
         rows_dtype, weight_dtype = ctx.dtypes
-        grad_out = pad_rows(grad_out.contiguous(), ctx.spans)
+        grad_out = place_rows(grad_out.contiguous(), ctx.layout)
         grad_rows = torch.empty_like(x)
         grad_weight = torch.empty_like(w, dtype=weight_dtype)
-        zero_idle_experts(ctx.spans, grad_weight)
-        for e, first, end, stop in ctx.spans:
+        zero_idle_experts(ctx.layout, grad_weight)
+        for e, first, _, stop in ctx.layout.spans:
             g = grad_out[first:stop]
             torch.mm(g, w[e], out=grad_rows[first:stop])
-            if stop > end:
-                # The sum over rows must not see those of the next expert.
-                g = g.clone()
-                g[end - first :] = 0
             grad_weight[e] = g.T @ x[first:stop]
-        zero_unused_rows(ctx.spans, grad_rows)
-        return grad_rows[: ctx.num_rows].to(rows_dtype), grad_weight, None, None
+        grad_rows = take_rows(grad_rows, ctx.layout, ctx.num_rows)
+        return grad_rows.to(rows_dtype), grad_weight, None, None
 
 
 def grouped_matmul(
@@ -171,7 +181,8 @@ def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device
 
     def reference():
         rows, matrices = (t.detach().double().requires_grad_() for t in (x, weight))
-        parts = [rows[first:end] @ matrices[e].T for e, first, end, _ in segments(offsets)]
+        spans = layout_rows(offsets, num_rows, 1).spans
+        parts = [rows[first:end] @ matrices[e].T for e, first, end, _ in spans]
         out = torch.cat(parts)
         return out, *torch.autograd.grad(out, (rows, matrices), grad.double())
 

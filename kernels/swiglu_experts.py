@@ -26,13 +26,14 @@ from torch import Tensor
 from kernels.bench import Case, leaf
 from kernels.dispatch import DispatchPlan, plan_dispatch, sum_rows, weights_by_row
 from kernels.grouped_matmul import (
+    RowLayout,
     Span,
-    pad_rows,
+    layout_rows,
+    place_rows,
     row_quantum,
     rows_in_use,
-    segments,
+    take_rows,
     zero_idle_experts,
-    zero_unused_rows,
 )
 from kernels.launch import (
     check_same_device,
@@ -43,6 +44,8 @@ from kernels.launch import (
 )
 
 SAVE = ("x", "xh", "xha")
+# Elements of the (rows, F) temporaries of one pass over neighbouring experts.
+GROUP_ELEMENTS = 1 << 19
 
 
 class _Options(NamedTuple):
@@ -51,99 +54,137 @@ class _Options(NamedTuple):
     dtype: torch.dtype
 
 
-def _activate(gate: Tensor, clamp: float | None) -> Tensor:
-    """silu of the clamped gate, (n, F)."""
-    return F.silu(gate if clamp is None else gate.clamp(max=clamp))
+class _Weights(NamedTuple):
+    """The experts' matrices in the dtype of the matmuls.
+
+    up: the matrices that make H (R, 2F), gate then up, each with its columns of H: one stack
+    (E, 2F, D) where a cast had to copy them anyway (one larger matmul), else w1 and w3.
+    down: w2 (E, D, F).
+    """
+
+    up: list[tuple[Tensor, slice]]
+    down: Tensor
 
 
-def _clip(up: Tensor, clamp: float | None) -> Tensor:
-    return up if clamp is None else up.clamp(-clamp, clamp)
+def _cast_weights(w1: Tensor, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> _Weights:
+    inner = w1.shape[1]
+    if w1.dtype == dtype:
+        return _Weights([(w1, slice(0, inner)), (w3, slice(inner, None))], w2)
+    both = w1.new_empty(w1.shape[0], 2 * inner, w1.shape[2], dtype=dtype)
+    both[:, :inner], both[:, inner:] = w1, w3
+    return _Weights([(both, slice(None))], w2.to(dtype))
 
 
-def _swiglu_backward(
-    grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, clamp: float | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, each (n, F), from that of a; `activated` is silu(gate), used up."""
-    grad_up = activated.mul_(grad_a)
-    if clamp is None:
-        return torch.ops.aten.silu_backward(grad_a.mul_(up), gate), grad_up
-    grad_gate = torch.ops.aten.silu_backward(grad_a.mul_(_clip(up, clamp)), gate.clamp(max=clamp))
-    return grad_gate.masked_fill_(gate > clamp, 0), grad_up.masked_fill_(up.abs() > clamp, 0)
-
-
-def _up_projection(
-    x_rows: Tensor, w1: Tensor, w3: Tensor, spans: list[Span]
-) -> tuple[Tensor, Tensor]:
-    """gate and up of all rows, each (R, F)."""
-    gate = x_rows.new_empty(x_rows.shape[0], w1.shape[1])
-    up = torch.empty_like(gate)
+def _up_projection(x_rows: Tensor, weights: _Weights, spans: list[Span]) -> Tensor:
+    """H (R, 2F), gate then up, of all rows."""
+    h = x_rows.new_empty(x_rows.shape[0], 2 * weights.down.shape[2])
     for e, first, _, stop in spans:
-        torch.mm(x_rows[first:stop], w1[e].T, out=gate[first:stop])
-        torch.mm(x_rows[first:stop], w3[e].T, out=up[first:stop])
-    return gate, up
+        for w, columns in weights.up:
+            torch.mm(x_rows[first:stop], w[e].T, out=h[first:stop, columns])
+    return h
+
+
+def _swiglu(h: Tensor, clamp: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(gate), and gate and up after the clamp, each (n, F), from H (n, 2F)."""
+    gate, up = h.chunk(2, -1)
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    return F.silu(gate), gate, up
+
+
+def _groups(spans: list[Span], inner: int) -> list[list[Span]]:
+    """Neighbouring experts whose (rows, F) temporaries share one pass and fit a core's cache."""
+    groups: list[list[Span]] = []
+    rows = 0
+    for span in spans:
+        rows += span.stop - span.first
+        if groups and rows * inner <= GROUP_ELEMENTS:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+            rows = span.stop - span.first
+    return groups
 
 
 def _forward_rows(
-    x_rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, spans: list[Span], options: _Options
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """y of all rows (R, D), unused ones undefined; and gate, up and a as far as they are kept."""
-    gate, up = _up_projection(x_rows, w1, w3, spans)
+    x_rows: Tensor, weights: _Weights, spans: list[Span], options: _Options
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """y of all rows (R, D), unused ones undefined; H and a as far as they are kept."""
+    h = _up_projection(x_rows, weights, spans)
     y = torch.empty_like(x_rows)
-    activations = torch.empty_like(gate) if options.save == "xha" else None
-    for e, first, _, stop in spans:
-        rows = slice(first, stop)
-        a = _activate(gate[rows], options.clamp).mul_(_clip(up[rows], options.clamp))
-        torch.mm(a, w2[e].T, out=y[rows])
-        if activations is not None:
-            activations[rows] = a
-    kept = (None, None) if options.save == "x" else (gate, up)
-    return y, (*kept, activations)
+    inner = weights.down.shape[2]
+    kept_a = h.new_empty(h.shape[0], inner) if options.save == "xha" else None
+    for group in _groups(spans, inner):
+        start = group[0].first
+        activated, _, up = _swiglu(h[start : group[-1].stop], options.clamp)
+        a = activated.mul_(up)  # (n, F)
+        for e, first, _, stop in group:
+            torch.mm(a[first - start : stop - start], weights.down[e].T, out=y[first:stop])
+        if kept_a is not None:
+            kept_a[start : group[-1].stop] = a
+    return y, (None if options.save == "x" else h, kept_a)
 
 
-def _backward_rows(grad_y, x_rows, weights, scale, saved, spans, options, weight_dtype):
+def _backward_rows(grad_y, x_rows, weights, scale, kept, spans, options, weight_dtype):
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights.
-    Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3.
+    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights;
+    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3;
+    those of unused rows are undefined.
     """
-    w1, w2, w3 = weights
-    gate, up, activations = saved
-    if gate is None:
-        gate, up = _up_projection(x_rows, w1, w3, spans)
+    h, kept_a = kept
+    if h is None:
+        h = _up_projection(x_rows, weights, spans)
+    num_experts, _, inner = weights.down.shape
     grad_x = torch.empty_like(x_rows)
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_scale = grad_y.new_empty(x_rows.shape[0], dtype=wide)
-    grad_weights = [torch.empty_like(w, dtype=weight_dtype) for w in weights]
-    zero_idle_experts(spans, *grad_weights)
-    for e, first, end, stop in spans:
-        rows = slice(first, stop)
-        x = x_rows[rows]
-        activated = _activate(gate[rows], options.clamp)  # (n, F)
-        if activations is not None:
-            a = activations[rows]
-        else:
-            a = activated * _clip(up[rows], options.clamp)
-        grad_a = grad_y[rows] @ w2[e]  # (n, F), before the combine weight
+    shape = (num_experts, inner, x_rows.shape[1])
+    grad_w1, grad_w3 = (x_rows.new_empty(shape, dtype=weight_dtype) for _ in range(2))
+    grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype)
+    for group in _groups(spans, inner):
+        start, rows = group[0].first, slice(group[0].first, group[-1].stop)
+        activated, gate, up = _swiglu(h[rows], options.clamp)
+        a = activated * up if kept_a is None else kept_a[rows]  # (n, F)
+        grad_a = torch.empty_like(a)
+        for e, first, _, stop in group:
+            torch.mm(grad_y[first:stop], weights.down[e], out=grad_a[first - start : stop - start])
+        # grad_a is that of y before the combine weight until here, and with it from here on.
         grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
         s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
         grad_a, g = grad_a.mul_(s), grad_y[rows] * s
-        grad_gate, grad_up = _swiglu_backward(
-            grad_a, activated, gate[rows], up[rows], options.clamp
-        )
-        # The sums over rows below must not see the rows of the next expert.
-        for factor in (grad_gate, grad_up, g):
-            factor[end - first :] = 0
-        torch.mm(grad_gate, w1[e], out=grad_x[rows])
-        grad_x[rows].addmm_(grad_up, w3[e])
-        for buffer, left, right in zip(
-            grad_weights, (grad_gate, g, grad_up), (x, a, x), strict=True
-        ):
-            if buffer.dtype == left.dtype:
-                torch.mm(left.T, right, out=buffer[e])
+        grad_h = _swiglu_backward(grad_a, activated, gate, up, h[rows], options.clamp)  # (n, 2F)
+        for e, first, _, stop in group:
+            local, x = slice(first - start, stop - start), x_rows[first:stop]
+            for index, (w, columns) in enumerate(weights.up):
+                part = grad_h[local, columns]
+                if index == 0:
+                    torch.mm(part, w[e], out=grad_x[first:stop])
+                else:
+                    grad_x[first:stop].addmm_(part, w[e])
+            if len(weights.up) == 1:
+                both = grad_h[local].T @ x  # (2F, D)
+                grad_w1[e], grad_w3[e] = both[:inner], both[inner:]
             else:
-                buffer[e] = left.T @ right
-    zero_unused_rows(spans, grad_x, grad_scale)
-    return grad_x, grad_scale, *grad_weights
+                torch.mm(grad_h[local, :inner].T, x, out=grad_w1[e])
+                torch.mm(grad_h[local, inner:].T, x, out=grad_w3[e])
+            grad_w2[e] = g[local].T @ a[local]
+    return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
+
+
+def _swiglu_backward(
+    grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, h: Tensor, clamp: float | None
+) -> Tensor:
+    """Gradient of H (n, 2F) from that of a (n, F); `activated` and `grad_a` are used up."""
+    inner = gate.shape[-1]
+    grad_h = torch.empty_like(h)
+    torch.mul(activated, grad_a, out=grad_h[:, inner:])
+    grad_h[:, :inner] = torch.ops.aten.silu_backward(grad_a.mul_(up), gate)
+    if clamp is not None:
+        outside = h[:, :inner] > clamp, h[:, inner:].abs() > clamp
+        grad_h[:, :inner].masked_fill_(outside[0], 0)
+        grad_h[:, inner:].masked_fill_(outside[1], 0)
+    return grad_h
 
 
 class _SwigluExpertsSorted(torch.autograd.Function):
@@ -151,35 +192,37 @@ class _SwigluExpertsSorted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, w1, w2, w3, scale, expert_offsets, options):
-        spans = segments(expert_offsets, row_quantum(rows.device, options.dtype))
-        ctx.dtypes = rows.dtype, w1.dtype
-        x_rows = pad_rows(rows.to(options.dtype), spans)
-        w1, w2, w3 = (t.to(options.dtype) for t in (w1, w2, w3))
-        y, kept = _forward_rows(x_rows, w1, w2, w3, spans, options)
-        zero_unused_rows(spans, y)
-        y, used = y[: rows.shape[0]], rows_in_use(spans)
+        num_rows = rows.shape[0]
+        layout = layout_rows(expert_offsets, num_rows, row_quantum(rows.device, options.dtype))
+        weights = _cast_weights(w1, w2, w3, options.dtype)
+        x_rows = place_rows(rows.to(options.dtype), layout)
+        y, kept = _forward_rows(x_rows, weights, layout.spans, options)
+        y, used = take_rows(y, layout, num_rows), rows_in_use(layout)
         y[:used] *= scale[:used].unsqueeze(-1)
-        ctx.save_for_backward(x_rows, w1, w2, w3, scale, *kept)
-        ctx.spans, ctx.options = spans, options
+        matrices = [w for w, _ in weights.up]
+        ctx.save_for_backward(x_rows, scale, *kept, weights.down, *matrices)
+        ctx.columns = [columns for _, columns in weights.up]
+        ctx.layout, ctx.options, ctx.dtypes = layout, options, (rows.dtype, w1.dtype)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x_rows, w1, w2, w3, scale, *saved = ctx.saved_tensors
+        x_rows, scale, h, a, down, *up = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         grad_x, grad_scale, *grad_weights = _backward_rows(
-            pad_rows(grad_y.contiguous(), ctx.spans),
+            place_rows(grad_y.contiguous(), ctx.layout),
             x_rows,
-            (w1, w2, w3),
-            pad_rows(scale, ctx.spans),
-            saved,
-            ctx.spans,
+            _Weights(list(zip(up, ctx.columns, strict=True)), down),
+            place_rows(scale, ctx.layout),
+            (h, a),
+            ctx.layout.spans,
             ctx.options,
             w_dtype,
         )
-        num_rows = scale.shape[0]
-        grad_scale = grad_scale[:num_rows].to(scale.dtype)
-        return grad_x[:num_rows].to(x_dtype), *grad_weights, grad_scale, None, None
+        zero_idle_experts(ctx.layout, *grad_weights)
+        grad_x = take_rows(grad_x, ctx.layout, scale.shape[0]).to(x_dtype)
+        grad_scale = take_rows(grad_scale, ctx.layout, scale.shape[0]).to(scale.dtype)
+        return grad_x, *grad_weights, grad_scale, None, None
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -187,39 +230,48 @@ class _SwigluExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3, topk_weights, plan, options):
-        spans = segments(plan.expert_offsets, row_quantum(x.device, options.dtype))
+        quantum = row_quantum(x.device, options.dtype)
+        layout = layout_rows(plan.expert_offsets, plan.num_rows, quantum)
+        weights = _cast_weights(w1, w2, w3, options.dtype)
         ctx.dtypes = x.dtype, w1.dtype
-        x, w1, w2, w3 = (t.to(options.dtype) for t in (x, w1, w2, w3))
-        y, kept = _forward_rows(_gather(x, plan, spans), w1, w2, w3, spans, options)
-        out = sum_rows(y, plan.row_of, rows_in_use(spans), topk_weights)  # (T, D)
-        ctx.save_for_backward(x, w1, w2, w3, topk_weights, *kept)
-        ctx.plan, ctx.spans, ctx.options = plan, spans, options
+        x = x.to(options.dtype)
+        x_rows = place_rows(x.index_select(0, plan.token_of_row), layout)
+        y, kept = _forward_rows(x_rows, weights, layout.spans, options)
+        out = sum_rows(y, _row_of(plan, layout), rows_in_use(layout), topk_weights)  # (T, D)
+        matrices = [w for w, _ in weights.up]
+        ctx.save_for_backward(x, topk_weights, *kept, weights.down, *matrices)
+        ctx.columns = [columns for _, columns in weights.up]
+        ctx.plan, ctx.layout, ctx.options = plan, layout, options
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        x, w1, w2, w3, topk_weights, *saved = ctx.saved_tensors
-        plan, spans = ctx.plan, ctx.spans
+        x, topk_weights, h, a, down, *up = ctx.saved_tensors
+        plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
         grad_rows, grad_scale, *grad_weights = _backward_rows(
-            _gather(grad_out.to(x.dtype), plan, spans),
-            _gather(x, plan, spans),
-            (w1, w2, w3),
-            pad_rows(weights_by_row(plan, topk_weights), spans),
-            saved,
-            spans,
+            place_rows(grad_out.to(x.dtype).index_select(0, plan.token_of_row), layout),
+            place_rows(x.index_select(0, plan.token_of_row), layout),
+            _Weights(list(zip(up, ctx.columns, strict=True)), down),
+            place_rows(weights_by_row(plan, topk_weights), layout),
+            (h, a),
+            layout.spans,
             ctx.options,
             w_dtype,
         )
-        grad_x = sum_rows(grad_rows, plan.row_of, rows_in_use(spans), None).to(x_dtype)
-        grad_topk = grad_scale.to(topk_weights.dtype)[plan.row_of.clamp(min=0)]
-        grad_topk = grad_topk.masked_fill_(plan.row_of < 0, 0)
+        zero_idle_experts(layout, *grad_weights)
+        row_of = _row_of(plan, layout)
+        grad_x = sum_rows(grad_rows, row_of, rows_in_use(layout), None).to(x_dtype)
+        grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
+        grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
         return grad_x, *grad_weights, grad_topk, None, None
 
 
-def _gather(x: Tensor, plan: DispatchPlan, spans: list[Span]) -> Tensor:
-    """Each row's token of x (T, D), padded as the spans need: (R, D) or longer."""
-    return pad_rows(x.index_select(0, plan.token_of_row), spans)
+def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:
+    """(T, K) buffer row of each assignment, -1 for none."""
+    if layout.position is None or layout.position.numel() == 0:
+        return plan.row_of
+    return layout.position[plan.row_of.clamp(min=0)].masked_fill_(plan.row_of < 0, -1)
 
 
 def _check(op: str, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, save: str) -> None:
