@@ -28,8 +28,8 @@ from training_cases import (
 
 from train.checkpoint import load_checkpoint
 from train.engine import load_model
-from train.loop import train_step
 from train.metrics import WINDOW_STEPS, LoadWindow, MetricsWriter
+from train.step import train_step
 
 # Without noise, so that a forward pass of the test chooses what the run chose.
 LOGGED = {

@@ -22,8 +22,8 @@ from training_cases import (
 import train.loop
 from train.engine import PlainEngine
 from train.errors import NonFiniteError
-from train.loop import train_step
 from train.random_state import get_random_state
+from train.step import train_step
 
 # Without jitter, where a test asks that a weight is not even touched by noise.
 CALM = {"model.moe.router": {"name": "topk", "bias_update_rate": 0.02}}

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ from training_cases import (
 
 import train.loop
 import train.pretrain
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.metrics import StepMetrics
 from train.packing import TrainLoader
+from train.random_state import get_random_state, seed_all, set_random_state
 
 RUNNING = [
     {"name": "load_balancing", "weight": 0.1, "accumulation": "running"},
@@ -243,6 +246,41 @@ def test_losing_any_part_of_the_state_is_noticed(lost, tmp_path, monkeypatch):
     weights = [name for name in changed if name.startswith("model/") and "bias" not in name]
     assert bool(weights) == (lost != "nothing")
     assert same_steps(first.steps + second.steps, expected.steps) == (lost == "nothing")
+
+
+def draw_from_every_stream() -> list[float]:
+    # An odd number of normal values leaves one in reserve in Python and NumPy.
+    drawn = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal()]
+    return [*map(float, drawn), *torch.rand(3).tolist()]
+
+
+def test_every_random_stream_goes_on_through_a_checkpoint(tmp_path):
+    for seed in (0, 2**63 - 1):
+        seed_all(seed)
+        start = draw_from_every_stream()
+        path = save_checkpoint(tmp_path, 1, {"random": get_random_state()}, {}, keep_last=1)
+        expected = [draw_from_every_stream() for _ in range(700)]
+        seed_all(seed)
+        assert draw_from_every_stream() == start
+        seed_all(seed + 1 if seed == 0 else 1)
+        assert draw_from_every_stream() != start
+        set_random_state(load_checkpoint(path).tensors["random"])
+        assert [draw_from_every_stream() for _ in range(700)] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_resumes(tmp_path):
+    """Not to the bit, as PyTorch's own kernels may add in any order there; but to rounding."""
+    cuda = {"training.device": "cuda"}
+    with Recorder() as whole:
+        assert run(tmp_path / "whole", cuda) == 0
+    with Recorder(before_step=at(3)) as first:
+        assert run(tmp_path / "parts", cuda) == 143
+    with Recorder() as second:
+        assert run(tmp_path / "parts", cuda) == 0
+    losses = [metrics.lm_loss for metrics in first.steps + second.steps]
+    assert losses == pytest.approx([metrics.lm_loss for metrics in whole.steps], rel=1e-4)
 
 
 # ---- processes that end

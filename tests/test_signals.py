@@ -23,9 +23,10 @@ from training_cases import (
 import train.loop
 import train.pretrain
 from train.checkpoint import RunLock, verify_checkpoint
-from train.loop import Loop, StopRequest, train_step
+from train.loop import Loop, StopRequest
 from train.run_directory import REPLACED, SAVING
 from train.status import StatusLine
+from train.step import train_step
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

@@ -11,9 +11,9 @@ from training_cases import bits, data, different, make_config, make_engine, micr
 
 from train.config import RunConfig
 from train.engine import PlainEngine
-from train.loop import exact_counts_needed, read_step, train_step
 from train.metrics import StepMetrics
 from train.packing import IGNORE, Batch, TrainLoader
+from train.step import exact_counts_needed, read_step, train_step
 
 # Noise would be another one for each cut; everything else that could depend on it is on.
 CALM = {

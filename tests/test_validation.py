@@ -8,9 +8,9 @@ import torch
 from training_cases import data, make_config, make_engine, micro_batches
 
 from moe.routing import domain_expert_information
-from train.loop import train_step
 from train.packing import IGNORE
 from train.random_state import get_random_state
+from train.step import train_step
 from train.validation import Evaluation, counts_by_sequence, evaluate, sum_by_domain
 
 

@@ -120,9 +120,8 @@ class PlainEngine:
                 if name not in parameters:
                     raise CheckpointError(f"the optimizer state names an unknown weight {name}")
                 state = self.optimizer.state[parameters[name]]
-                # AdamW keeps its step count on the CPU unless it runs in one GPU kernel.
-                device = self.device if value.dim() else torch.device("cpu")
-                state[key] = value.clone().to(device)
+                # The fused AdamW keeps its step count, too, on the weights' device.
+                state[key] = value.clone().to(self.device)
 
 
 def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

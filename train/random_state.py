@@ -1,5 +1,6 @@
 """Every random stream of the process, as tensors that a checkpoint can hold."""
 
+import math
 import random
 
 import numpy as np
@@ -15,10 +16,10 @@ def get_random_state() -> dict[str, Tensor]:
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss]).double(),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_position": torch.tensor([position, has_gauss]),
-        "numpy_gauss": torch.tensor([cached]).double(),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
