@@ -45,6 +45,6 @@ setup(
             "transformers>=5",
             "types-PyYAML",
         ],
-        "evaluation": ["lm-eval>=0.4.9"],
+        "evaluation": ["lm-eval>=0.4.9", "transformers>=5"],
     },
 )
