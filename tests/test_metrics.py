@@ -27,6 +27,7 @@ from training_cases import (
     write_config,
 )
 
+import train.pretrain
 from train.checkpoint import load_checkpoint
 from train.engine import load_model
 from train.metrics import WINDOW_STEPS, LoadWindow, MetricsWriter
@@ -235,6 +236,24 @@ def test_steps_after_the_last_checkpoint_of_a_killed_run_are_replaced(tmp_path):
     rates = values(events, "optimizer/learning_rate")
     assert all(rates[step] == pytest.approx(0.001) for step in range(saved + 1, 61))
     assert rates[saved] == pytest.approx(0.02)
+
+
+def test_a_checkpoint_comes_after_its_curves(tmp_path, monkeypatch):
+    """A kill right after a save loses nothing that the resumed run does not do again."""
+    real_write, real_save, seen = RecordWriter.write, train.pretrain.save_checkpoint, []
+
+    def write(writer, data):
+        time.sleep(0.002)
+        real_write(writer, data)
+
+    def save(run_dir, step, *arguments, **options):
+        seen.append((step, max(values(read(run_dir), "router_entropy/layer02"))))
+        return real_save(run_dir, step, *arguments, **options)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(train.pretrain, "save_checkpoint", save)
+    assert run(tmp_path / "run", LOGGED | {"checkpoint.every": 2, "evaluation.every": 0}) == 0
+    assert seen == [(2, 2), (4, 4), (6, 6), (8, 8)]
 
 
 # ---- a directory that cannot be written

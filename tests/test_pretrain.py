@@ -499,18 +499,24 @@ def test_foreign_kernels_are_refused_with_what_to_uninstall(tmp_path, capsys, mo
 # ---- real processes
 
 
-def program(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
-    """`python -m train.pretrain` as a user starts it."""
-    command = [sys.executable, "-m", "train.pretrain", *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, timeout=120, **options)
+@pytest.fixture
+def buffered(monkeypatch):
+    """Output is buffered, as it is by default: the error of a closed pipe may come at the end."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
-def test_output_piped_into_head_trains_to_the_end_without_complaint(tmp_path):
+PROGRAM = [sys.executable, "-m", "train.pretrain"]
+
+
+def test_output_piped_into_head_trains_to_the_end_without_complaint(tmp_path, buffered):
     config = write_config(tmp_path / "run", SHORT)
     # Output is read up to its first line, and the pipe is closed.
-    command = [sys.executable, "-m", "train.pretrain", "--config", str(config)]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "--config", str(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("domain ")
@@ -522,13 +528,14 @@ def test_output_piped_into_head_trains_to_the_end_without_complaint(tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_printed_config_piped_into_a_closed_pipe_is_silent(tmp_path):
+def test_a_printed_config_piped_into_a_closed_pipe_is_silent(tmp_path, buffered):
     config = write_config(tmp_path / "run")
     reader, writer = os.pipe()
     os.close(reader)
-    done = program("--config", str(config), "--print-config", stdout=writer, stderr=subprocess.PIPE)
+    command = [*PROGRAM, "--config", str(config), "--print-config"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=120)
     os.close(writer)
-    assert done.stderr == "" and done.returncode == 141
+    assert done.stderr == b"" and done.returncode == 141
 
 
 def test_the_settings_of_a_test_are_what_the_file_says(tmp_path):
