@@ -6,6 +6,7 @@ The config is the MoE arm; the dense arm is the same with `model.feed_forward: d
 same tokens in the same order. Each finished arm is kept in output_dir, so a study that was stopped
 goes on with the next one. Speed-up at equal loss: how much sooner the MoE passes the dense model's
 final validation loss, in steps, FLOPs and seconds (below 1: the dense model passes the MoE's).
+Seconds are steps times the arm's median step, since a shared machine stalls now and then.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from scipy import stats
@@ -26,7 +27,7 @@ from train.config import RunConfig, load_config
 from train.data import PreparedData, prepare_data
 from train.engine import build_engine
 from train.errors import ConfigError
-from train.loop import HistoryPoint, Loop, Position, StopRequest
+from train.loop import Loop, Position, StopRequest
 from train.pretrain import identity, with_vocab_size
 from train.program import guarded
 from train.random_state import seed_all
@@ -34,6 +35,14 @@ from train.run_directory import RunLock, make_directory, replace_file, storage_e
 from train.status import StatusLine
 
 ARMS = ("moe", "dense")
+
+
+class HistoryPoint(NamedTuple):
+    """Validation loss after a step, and the seconds of training up to it."""
+
+    step: int
+    loss: float
+    seconds: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,11 +120,13 @@ def run_arm(
     loop.run(Position(), stop)
     if stop():
         return None
+    pace = statistics.median(loop.step_seconds)
+    points = [HistoryPoint(step, loss, step * pace) for step, loss in loop.history]
     result = {
         "settings": settings,
         "precision": engine.precision,
         "threads": torch.get_num_threads(),
-        "history": [point._asdict() for point in loop.history],
+        "history": [point._asdict() for point in points],
     }
     with storage_errors(path.parent):
         make_directory(path.parent)

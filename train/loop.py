@@ -62,14 +62,6 @@ class Position(NamedTuple):
     evaluated: int = -1
 
 
-class HistoryPoint(NamedTuple):
-    """Validation loss after a step, and the seconds of training steps up to it in this process."""
-
-    step: int
-    loss: float
-    seconds: float
-
-
 class Loop:
     """The run from one position to its end.
 
@@ -95,9 +87,9 @@ class Loop:
         flops = flops_per_token(engine.model, config.training.seq_len)
         peak = peak_flops(engine.device)
         self._utilisation = None if peak is None else flops / peak  # MFU of 1 token/s
-        self._step_seconds = 0.0
-        self._train_seconds = 0.0
-        self.history: list[HistoryPoint] = []
+        # Of this process: seconds of each step, and (step, mean validation loss) as evaluated.
+        self.step_seconds: list[float] = []
+        self.history: list[tuple[int, float]] = []
 
     def run(self, position: Position, stop: StopRequest) -> tuple[Position, Evaluation | None]:
         """Train to the last step or until `stop`; the position is saved in either case.
@@ -143,22 +135,22 @@ class Loop:
 
         def drop() -> bool:
             # The first step has no example to be estimated by, and any step can take longer.
-            left = self._step_seconds - (time.monotonic() - began)
+            expected = self.step_seconds[-1] if self.step_seconds else 0.0
+            left = expected - (time.monotonic() - began)
             return stop() and max(left, stop.waited()) > FINISH_SECONDS
 
         batches = read_step(self.loader, position.step, self.config, self.engine)
         metrics = train_step(self.engine, batches, position.step, self.config, stop=drop)
         if metrics is None:
             return False
-        self._step_seconds = time.monotonic() - began
-        self._train_seconds += self._step_seconds
+        self.step_seconds.append(time.monotonic() - began)
         self._report(metrics)
         return True
 
     def _report(self, metrics: StepMetrics) -> None:
         logging = self.config.logging
         window = self.window.add(metrics.tokens_per_expert)
-        speed = metrics.num_tokens * self.engine.world_size / self._step_seconds
+        speed = metrics.num_tokens * self.engine.world_size / self.step_seconds[-1]
         if metrics.skipped:
             self.status.message(
                 f"step {metrics.step} skipped: loss or gradient was not finite; weights unchanged"
@@ -196,7 +188,7 @@ class Loop:
         )
         if evaluation is None:
             return None
-        self.history.append(HistoryPoint(step, evaluation.mean_loss, self._train_seconds))
+        self.history.append((step, evaluation.mean_loss))
         if not evaluation.loss:
             self.status.message(f"step {step}: no validation text to evaluate")
             return evaluation
