@@ -96,7 +96,7 @@ def test_the_tags_are_these_and_no_others(logged):
         "validation/prose",
         "validation/sums",
     } | {f"{name}/{layer}" for name in by_layer for layer in layers}
-    assert set(tags["images"]) == {"experts/load", "experts/domains"}
+    assert set(tags["images"]) == {"experts/load"} | {f"domains/{layer}" for layer in layers}
     assert set(tags["histograms"]) == {f"tokens_per_expert/{layer}" for layer in layers}
     assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
 
@@ -170,7 +170,7 @@ def test_evaluations_pictures_and_texts_are_at_their_steps(logged):
     prose, sums = values(events, "validation/prose"), values(events, "validation/sums")
     assert all(mean[s] == pytest.approx((prose[s] + sums[s]) / 2, rel=1e-6) for s in evaluated)
     assert [image.step for image in events.Images("experts/load")] == [4, 8]
-    assert [image.step for image in events.Images("experts/domains")] == evaluated
+    assert [image.step for image in events.Images("domains/layer01")] == evaluated
     assert all(i.encoded_image_string.startswith(b"\x89PNG") for i in events.Images("experts/load"))
     samples = events.Tensors("samples/text_summary")
     assert [sample.step for sample in samples] == evaluated

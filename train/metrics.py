@@ -176,9 +176,11 @@ class MetricsWriter:
                     evaluation.shuffled_information[index],
                     step,
                 )
-            if self.layers:
-                figure = domain_expert_map(evaluation.tokens_per_expert, domain_names, self.layers)
-                self._writer.add_figure("experts/domains", figure, step)
+            # A picture a layer: cards are narrow, and text in a picture of all would be unreadable.
+            for index, layer in enumerate(self.layers):
+                counts = evaluation.tokens_per_expert[:, index : index + 1]
+                figure = domain_expert_map(counts, domain_names, (layer,))
+                self._writer.add_figure(f"domains/{_layer_tag(layer)}", figure, step)
             self._writer.flush()
 
         if self._writer is not None:
