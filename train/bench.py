@@ -172,10 +172,11 @@ def step_report(config: RunConfig, options: argparse.Namespace) -> str:
     plain = subprocess.run(command, capture_output=True, text=True, check=True)
     default_allocator = json.loads(plain.stdout.splitlines()[-1])
     lines = [
-        f"One training step of {tokens:,} tokens, {shape.num_layers} layers, D {shape.hidden_size}, "
-        f"F {shape.moe.intermediate_size}, {shape.moe.num_experts} experts, top-{shape.top_k}, "
-        f"vocabulary {shape.vocab_size:,}; {options.threads} threads, medians of "
-        f"{options.repeats} alternating steps, torch {torch.__version__}, transformers {transformers().__version__}",
+        f"One training step of {tokens:,} tokens: {shape.num_layers} layers, "
+        f"D {shape.hidden_size}, F {shape.moe.intermediate_size}, {shape.moe.num_experts} experts, "
+        f"top-{shape.top_k}, vocabulary {shape.vocab_size:,}. {options.threads} threads, medians "
+        f"of {options.repeats} alternating steps, torch {torch.__version__}, transformers "
+        f"{transformers().__version__}.",
         "",
         "| precision | ours | Hugging Face | HF, default allocator | ours / faster HF | "
         "arithmetic limit | share of it reached |",
