@@ -81,7 +81,9 @@ def kept_bytes(engine: PlainEngine, config: RunConfig) -> int:
 def test_activations_are_what_pytorch_saves(case, tmp_path):
     config = make_config(tmp_path, WIDE | CASES[case])
     measured = kept_bytes(make_engine(config), config)
-    assert plan_of(config).activation_bytes == pytest.approx(measured, rel=0.06)
+    # In bfloat16 the rows that pad the experts depend on the load; here they are a third of all.
+    close = 0.1 if config.training.precision == "bfloat16" else 0.06
+    assert plan_of(config).activation_bytes == pytest.approx(measured, rel=close)
 
 
 def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tmp_path):

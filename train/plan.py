@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
+from kernels.grouped_matmul import row_quantum
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
 from train.config import RunConfig
 
 _FLOAT32 = 4
+# Rows of (F,) that `kernels.swiglu_experts` keeps for each assignment, by its `save`.
+_KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 3}
 
 
 class Plan(NamedTuple):
@@ -84,7 +87,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     blocks = [
         tokens * _attention_bytes(model, training.seq_len, compute_bytes)
         + tokens * _feed_forward_bytes(model, layer, compute_bytes)
-        + _weight_copies_bytes(model, layer, compute_bytes)
+        + _half_precision_bytes(model, layer, compute_bytes)
         for layer in range(model.num_layers)
     ]
     kept = sum(blocks)
@@ -123,7 +126,7 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     if not model.is_moe_layer(layer):
         return kept + c * 4 * model.dense_intermediate_size
     moe = model.moe
-    widths = {"x": 0, "xh": 2, "xha": 3}[getattr(moe.experts, "save", "xh")]
+    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")]
     kept += c * widths * moe.intermediate_size * model.top_k
     kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
     # The router's: its input in float32, that times the noise and the noise, logits and
@@ -133,17 +136,20 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
 
 
-def _weight_copies_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """Bytes of a block's weights in the matmuls' dtype; none where that is theirs."""
+def _half_precision_bytes(model: ModelConfig, layer: int, c: int) -> int:
+    """What a block keeps in bfloat16 however many tokens there are: copies of the weights, and the
+    rows that pad each expert, half of `row_quantum` on average."""
     if c == _FLOAT32:
         return 0
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths = model.dense_intermediate_size
+    widths, padding = model.dense_intermediate_size, 0
     if model.is_moe_layer(layer):
         moe = model.moe
         widths = moe.num_experts * moe.intermediate_size
         widths += moe.num_shared_experts * model.shared_intermediate_size
-    return c * model.hidden_size * (heads * model.head_dim + 3 * widths)
+        rows = moe.num_experts * row_quantum(torch.device("cpu"), torch.bfloat16) // 2
+        padding = rows * _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
+    return c * (model.hidden_size * (heads * model.head_dim + 3 * widths) + padding)
 
 
 def format_bytes(count: float) -> str:
