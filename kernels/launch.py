@@ -50,6 +50,11 @@ def no_autocast(x: torch.Tensor) -> torch.autocast:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or in float64 if it is: for sums and scores that bfloat16 would spoil."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def check_shape(op: str, name: str, x: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `x` has `shape`; None in `shape` stands for any size."""
     fits = x.dim() == len(shape) and all(

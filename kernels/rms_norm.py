@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels.bench import Case, leaf
-from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+from kernels.launch import (
+    at_least_float32,
+    check_shape,
+    compute_dtype,
+    no_autocast,
+    resolve_backend,
+)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -19,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         # Squares and their mean in float32: bfloat16 has 8 bits, too few to sum D terms.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_float32(x)
         flat = wide.reshape(-1, wide.shape[-1])
         mean_square = torch.linalg.vecdot(flat, flat).div_(flat.shape[-1]).add_(eps)
         inverse = mean_square.rsqrt_().unsqueeze(-1)  # (rows, 1)

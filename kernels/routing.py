@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launch import check_shape, no_autocast, resolve_backend
+from kernels.launch import at_least_float32, check_shape, no_autocast, resolve_backend
 
 SCORES = ("softmax", "sigmoid")
 
@@ -89,10 +89,9 @@ def fused_topk(
     resolve_backend("fused_topk", backend, router_logits)
     with no_autocast(router_logits):
         # bfloat16 scores tie and flip choices; the router is in float32 whatever the model is in.
-        wide = torch.promote_types(router_logits.dtype, torch.float32)
-        logits = router_logits.to(wide)
+        logits = at_least_float32(router_logits)
         probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
-        choice = probs.detach() if bias is None else probs.detach() + bias.to(wide)
+        choice = probs.detach() if bias is None else probs.detach() + bias.to(logits.dtype)
         if groups is not None:
             num_groups, groups_kept = groups
             size, rest = divmod(num_experts, num_groups)

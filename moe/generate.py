@@ -7,6 +7,7 @@ likeliest tokens whose probability reaches top_p, then divided by what is left
 import torch
 from torch import Tensor
 
+from kernels.launch import at_least_float32
 from moe.model import MoETransformer
 
 
@@ -41,7 +42,7 @@ def _next_tokens(
     if temperature == 0:
         return logits.argmax(-1)
     # float32 at least: bfloat16 probabilities are steps of 1/256.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = at_least_float32(logits) / temperature
     probs = filter_logits(logits, top_k, top_p).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels.launch import no_autocast
+from kernels.launch import at_least_float32, no_autocast
 from kernels.routing import fused_topk
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Count, Real, VariantConfig
@@ -69,14 +69,13 @@ class Router(nn.Module):
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
         with no_autocast(x):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x = x.to(wide)
+            x = at_least_float32(x)
             if context.training and config.jitter > 0:
                 noise = torch.rand(
-                    x.shape, generator=context.generator, device=x.device, dtype=wide
+                    x.shape, generator=context.generator, device=x.device, dtype=x.dtype
                 )
                 x = x * (1 + config.jitter * (2 * noise - 1))
-            router_logits = F.linear(x, self.weight.to(wide))  # (T, E)
+            router_logits = F.linear(x, at_least_float32(self.weight))  # (T, E)
         chosen = fused_topk(
             router_logits,
             config.top_k,
