@@ -77,8 +77,8 @@ class PreparedData:
         tokenizer: encode, decode, vocab_size, end_of_text, pad.
         domain_names: the domains that could be had, in the order of the config.
         weights: token share of each, normalised to 1.
-        fingerprint: SHA-256 over tokenizer, token files and names; a resumed run compares it. The
-            weights are not in it: they may change.
+        fingerprint: SHA-256 over tokenizer, token files and names; a resumed run compares it, and
+            the weights beside it: they decide the order of the sequences.
         skipped: one message for each domain that could not be had.
         notes: lines about empty, repeated and broken documents.
     """

@@ -165,7 +165,7 @@ def run(config: RunConfig) -> int:
             writer=writer,
             status=status,
             save=save,
-            sample=lambda stop: _sample(engine, data, config, stop),
+            sample=lambda stop: "\n".join(samples(engine, data, config, stop)) or None,
         )
         began, first = time.monotonic(), position.step
         with StopRequest() as stop:
@@ -178,7 +178,10 @@ def run(config: RunConfig) -> int:
         engine, data, config.evaluation.batch_size, config.training.seq_len
     )
     assert evaluation is not None
-    finish(run_dir, config, model_config, data, evaluation, seconds, status)
+    tokens = config.num_steps * config.tokens_per_step
+    summary = summarize(evaluation, model_config, tokens, seconds)
+    summary["samples"] = samples(engine, data, config)
+    finish(run_dir, config, summary, evaluation, data.domain_names, status)
     return 0
 
 
@@ -211,11 +214,14 @@ def save_description(run_dir: Path, config: RunConfig, data: PreparedData) -> No
         data.tokenizer.save(run_dir / "tokenizer.json")
 
 
-def _sample(
-    engine: PlainEngine, data: PreparedData, config: RunConfig, stop: Callable[[], bool]
-) -> str | None:
+def samples(
+    engine: PlainEngine,
+    data: PreparedData,
+    config: RunConfig,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[str]:
     """What the model writes after each of `evaluation.sample_prompts`, as far as `stop` lets it."""
-    texts = []
+    texts: list[str] = []
     for prompt in config.evaluation.sample_prompts:
         if stop():
             break
@@ -228,28 +234,24 @@ def _sample(
             seed=config.seed,
         )
         texts.append(f"sample: {text!r}")
-    return "\n".join(texts) or None
+    return texts
 
 
 def finish(
     run_dir: Path,
     config: RunConfig,
-    model: ModelConfig,
-    data: PreparedData,
+    summary: dict[str, Any],
     evaluation: Evaluation,
-    seconds: float | None,
+    domain_names: tuple[str, ...],
     status: StatusLine,
 ) -> None:
     """Write and print the summary, and where to look next."""
-    tokens = config.num_steps * config.tokens_per_step
-    summary = summarize(evaluation, model, tokens, seconds)
     with storage_errors(run_dir):
         replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    status.message("\n" + render_summary(summary, model.moe.num_experts) + "\n")
+    status.message("\n" + render_summary(summary, config.model.moe.num_experts) + "\n")
     if summary["layers"]:
-        figure = domain_expert_map(
-            evaluation.tokens_per_expert, data.domain_names, model.moe_layers
-        )
+        layers = tuple(row["layer"] for row in summary["layers"])
+        figure = domain_expert_map(evaluation.tokens_per_expert, domain_names, layers)
         save_figure(figure, run_dir / "domain_expert_map.png")
         status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
     if config.logging.tensorboard:

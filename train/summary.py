@@ -49,7 +49,7 @@ def summarize(
 
 
 def render_summary(summary: dict[str, Any], num_experts: int) -> str:
-    """Two tables: loss by domain against what unigrams give, and expert use by layer."""
+    """Loss by domain against what unigrams give, expert use by layer, and samples of text."""
     tokens, seconds = summary["training_tokens"], summary["training_seconds"]
     took = "" if seconds is None else f" in {format_duration(seconds)}"
     if not summary["domains"]:
@@ -84,4 +84,7 @@ def render_summary(summary: dict[str, Any], num_experts: int) -> str:
                 f"{row['effective_experts']:>11.1f}{row['domain_expert_information']:>13.3f}"
                 f"{row['shuffled_control']:>10.3f}"
             )
+    if summary.get("samples"):
+        lines += ["", f"What it writes after {tokens:,} tokens:", ""]
+        lines += [f"  {text}" for text in summary["samples"]]
     return "\n".join(lines)
