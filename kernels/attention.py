@@ -44,6 +44,8 @@ class _ShortAttention(torch.autograd.Function):
     """Plain matmul, softmax, matmul by blocks of queries, keeping the probabilities.
 
     On a CPU and at short sequences this beats the flash kernel, whose backward pass is slow there.
+    Scores are rounded to the matmuls' dtype before the softmax, as PyTorch's own plain path does;
+    the error against float64 is held to the same table as every kernel's.
     q (B, H, S, P), k and v (B, G, S_k, P), visible (1 or B, S, S_k).
     """
 

@@ -65,25 +65,21 @@ def plan_dispatch(topk_indices: Tensor, num_experts: int) -> DispatchPlan:
     return DispatchPlan(counts, offsets, token_of_row, row_of)
 
 
-def sum_rows(rows: Tensor, row_of: Tensor, num_used: int, weights: Tensor | None) -> Tensor:
+def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assigned: bool) -> Tensor:
     """out[t] = sum_k weights[t, k] * rows[row_of[t, k]]; a row_of of -1 adds nothing.
 
-    rows (R, D), of which the first `num_used` may be read; weights (T, K) or None for 1.
-    `embedding_bag` does it in one pass and accumulates in float32.
+    rows (R, D), of which those named in `row_of` are read; weights (T, K) or None for 1;
+    all_assigned: no row_of is -1. `embedding_bag` does it in one pass and accumulates in float32.
     """
     if rows.shape[0] == 0 or row_of.numel() == 0:
         return rows.new_zeros(row_of.shape[0], rows.shape[1])
+    if not all_assigned:
+        # A row of zeros to point to: unused rows may hold NaN, which a weight of 0 does not blank.
+        row_of = row_of.masked_fill(row_of < 0, rows.shape[0])
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     if weights is not None:
         weights = weights.to(rows.dtype)
-    if num_used == row_of.numel():
-        return F.embedding_bag(row_of, rows, mode="sum", per_sample_weights=weights)
-    # Unused rows may hold anything (NaN times a weight of 0 is NaN): gather, then blank them.
-    gathered = rows[:num_used].new_zeros(*row_of.shape, rows.shape[1])  # (T, K, D)
-    chosen = row_of >= 0
-    gathered[chosen] = rows[row_of[chosen]]
-    if weights is not None:
-        gathered *= weights.unsqueeze(-1)
-    return gathered.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+    return F.embedding_bag(row_of, rows, mode="sum", per_sample_weights=weights)
 
 
 def weights_by_row(plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
@@ -103,7 +99,9 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows):
         used = int(ctx.plan.expert_offsets[-1])
-        return sum_rows(grad_rows.contiguous(), ctx.plan.row_of, used, None), None
+        row_of = ctx.plan.row_of
+        everything = used == row_of.numel()
+        return sum_rows(grad_rows.contiguous(), row_of, None, all_assigned=everything), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -111,7 +109,8 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx, rows, plan, topk_weights):
         ctx.plan = plan
         ctx.save_for_backward(rows, topk_weights)
-        return sum_rows(rows, plan.row_of, int(plan.expert_offsets[-1]), topk_weights)
+        everything = int(plan.expert_offsets[-1]) == plan.num_rows
+        return sum_rows(rows, plan.row_of, topk_weights, all_assigned=everything)
 
     @staticmethod
     def backward(ctx, grad_out):

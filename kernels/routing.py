@@ -86,6 +86,8 @@ def fused_topk(
         )
     if score not in SCORES:
         raise ValueError(f"fused_topk: score ({score!r}) must be one of {', '.join(SCORES)}")
+    if bias is not None:
+        check_shape("fused_topk", "bias", bias, (num_experts,))
     resolve_backend("fused_topk", backend, router_logits)
     with no_autocast(router_logits):
         # bfloat16 scores tie and flip choices; the router is in float32 whatever the model is in.

@@ -7,8 +7,9 @@ For token t, its experts e = e(t, k) and combine weights s = topk_weights[t, k]:
 
 With a clamp c: gate = min(gate, c), up = clip(up, -c, c) before the product (DeepSeek-V4).
 
-Backward without y and without a gathered copy of x or of the output gradient g (SonicMoE, arXiv
-2512.14080): da' = w2[e]^T g_t, ds = <da', a> (= <g_t, y>), da = s da'. What is saved, per row:
+The backward pass needs no y, and no gathered copy of x or of the output gradient g is saved
+(SonicMoE, arXiv 2512.14080): da' = w2[e]^T g_t, ds = <da', a> (= <g_t, y>), da = s da'.
+What is saved, per row:
 
     save="x"     nothing: gate and up are computed again (about 22 % more work)
     save="xh"    gate and up (2F), the default
@@ -237,7 +238,9 @@ class _SwigluExperts(torch.autograd.Function):
         x = x.to(options.dtype)
         x_rows = place_rows(x.index_select(0, plan.token_of_row), layout)
         y, kept = _forward_rows(x_rows, weights, layout.spans, options)
-        out = sum_rows(y, _row_of(plan, layout), rows_in_use(layout), topk_weights)  # (T, D)
+        everything = rows_in_use(layout) == plan.num_rows
+        row_of = _row_of(plan, layout)
+        out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
         matrices = [w for w, _ in weights.up]
         ctx.save_for_backward(x, topk_weights, *kept, weights.down, *matrices)
         ctx.columns = [columns for _, columns in weights.up]
@@ -261,7 +264,8 @@ class _SwigluExperts(torch.autograd.Function):
         )
         zero_idle_experts(layout, *grad_weights)
         row_of = _row_of(plan, layout)
-        grad_x = sum_rows(grad_rows, row_of, rows_in_use(layout), None).to(x_dtype)
+        everything = rows_in_use(layout) == plan.num_rows
+        grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
         grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
         grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
         return grad_x, *grad_weights, grad_topk, None, None

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe.variants import Count, ExpertsConfig, LossConfig, Natural, Real, RouterConfig
+from moe.variants import (
+    Count,
+    ExpertsConfig,
+    LossConfig,
+    Natural,
+    Real,
+    RouterConfig,
+    load_variant,
+)
 
 
 class Section(BaseModel):
@@ -36,8 +44,8 @@ class MoEConfig(Section):
     """The routed feed-forward layer.
 
     intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one
-    shared expert, by default that of a routed one. first_dense: that many layers at the bottom are
-    dense; every: of the others, each n-th is routed (1: all) and the rest dense.
+    shared expert, by default that of a routed one. num_dense_layers: that many layers at the bottom
+    are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
     allow_non_causal: permit a router that sees later tokens.
@@ -47,8 +55,8 @@ class MoEConfig(Section):
     intermediate_size: Count = 256
     num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
-    every: Count = 1
-    first_dense: Natural = 0
+    moe_layer_every: Count = 1
+    num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
     capacity_factor: None = None
     allow_non_causal: bool = False
@@ -110,13 +118,19 @@ class ModelConfig(Section):
     @property
     def top_k(self) -> int:
         """K, the router's."""
-        return self.moe.router.top_k  # type: ignore[attr-defined]
+        top_k = getattr(self.moe.router, "top_k", None)
+        if not isinstance(top_k, int):
+            raise ValueError(
+                f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
+                f"number of columns of its Routing"
+            )
+        return top_k
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
-        if self.feed_forward == "dense" or layer < self.moe.first_dense:
+        if self.feed_forward == "dense" or layer < self.moe.num_dense_layers:
             return False
-        return (layer - self.moe.first_dense + 1) % self.moe.every == 0
+        return (layer - self.moe.num_dense_layers + 1) % self.moe.moe_layer_every == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -153,14 +167,27 @@ class ModelConfig(Section):
             )
         if self.feed_forward == "moe" and not self.moe_layers:
             raise ValueError(
-                f"model.moe.first_dense ({moe.first_dense}) and model.moe.every ({moe.every}) "
-                f"leave no routed layer among model.num_layers ({self.num_layers}); lower them, or "
+                f"model.moe.num_dense_layers ({moe.num_dense_layers}) and "
+                f"model.moe.moe_layer_every ({moe.moe_layer_every}) leave no "
+                f"routed layer among model.num_layers ({self.num_layers}); lower them, or "
                 f"set model.feed_forward: dense"
             )
         if moe.shared_intermediate_size is not None and moe.num_shared_experts == 0:
             raise ValueError(
                 f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
                 f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        if moe.dense_intermediate_size is not None and len(self.moe_layers) == self.num_layers:
+            raise ValueError(
+                f"model.moe.dense_intermediate_size ({moe.dense_intermediate_size}) has no effect "
+                f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
+                f"model.moe.moe_layer_every"
+            )
+        router = load_variant("routers", moe.router.name).Router
+        if not router.causal and not moe.allow_non_causal:
+            raise ValueError(
+                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
+                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
             )
         names = [loss.name for loss in moe.losses]
         for name in names:

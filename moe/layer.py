@@ -5,6 +5,8 @@
 5. shared experts, which every token passes, are added
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,20 +31,24 @@ class DenseFeedForward(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Routed experts: (T, D) -> (T, D) and the Routing of these tokens."""
+    """Routed experts: (T, D) -> (T, D) and the Routing of these tokens.
+
+    Attributes:
+        first_expert, num_local_experts: the experts in this process, by global number; all of them
+            here, a share of them in an expert-parallel subclass.
+    """
+
+    first_expert = 0
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
+        # Not super(): a subclass may have a second base, whose constructor is none of ours.
+        nn.Module.__init__(self)
         moe = config.moe
         hidden = config.hidden_size
         self.router = load_variant("routers", moe.router.name).Router(
             moe.router, hidden, moe.num_experts
         )
-        if not self.router.causal and not moe.allow_non_causal:
-            raise ValueError(
-                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
-                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
-            )
+        self.num_local_experts = moe.num_experts
         self.experts = self.build_experts(config)
         self.shared_experts = None
         if moe.num_shared_experts:
@@ -71,27 +77,29 @@ class MoELayer(nn.Module):
         return out, routing
 
 
-def count_active(layer: nn.Module, config: ModelConfig) -> int:
-    """Weights of a feed-forward layer that one token is multiplied with."""
-    total = sum(p.numel() for p in layer.parameters())
-    if not isinstance(layer, MoELayer):
-        return total
-    experts = sum(p.numel() for p in layer.experts.parameters())
-    return total - experts + experts * config.top_k // config.moe.num_experts
-
-
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:
     """Normal weights; each expert from a stream of its own, named by its global id.
 
-    seed_of(name) -> torch.Generator. std: of all matrices but those into the residual stream,
-    which get out_std.
+    A router or experts with parameters that are no matrices fill them all in a method
+    `init_weights(std, out_std, seed_of)` of their own.
+
+    Args:
+        std: of all matrices but those into the residual stream (`w2`), which get out_std.
+        seed_of(name) -> torch.Generator.
     """
+    own: dict[str, Any] = {
+        name: module for name, module in layer.named_children() if hasattr(module, "init_weights")
+    }
     with torch.no_grad():
+        for module in own.values():
+            module.init_weights(std, out_std, seed_of)
         for name, parameter in layer.named_parameters():
+            if name.split(".")[0] in own:
+                continue
             scale = out_std if name.split(".")[-1] == "w2" or ".w2." in f".{name}" else std
             if parameter.dim() < 3:
                 parameter.normal_(0, scale, generator=seed_of(name))
                 continue
-            first = getattr(layer, "first_expert", 0)
+            first = layer.first_expert if isinstance(layer, MoELayer) else 0
             for local, expert in enumerate(parameter):
                 expert.normal_(0, scale, generator=seed_of(f"{name}.{first + local}"))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.cross_entropy import linear_cross_entropy
 from moe.attention import CausalSelfAttention, KVCache, RMSNorm
 from moe.config import ModelConfig
-from moe.layer import DenseFeedForward, MoELayer, count_active, init_feed_forward
+from moe.layer import DenseFeedForward, MoELayer, init_feed_forward
 from moe.losses import LossContext
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant
@@ -256,7 +256,7 @@ def init_weights(model: MoETransformer, seed: int) -> None:
 
 
 class ParameterCount(NamedTuple):
-    """total; active: multiplied with one token, embedding look-up left out; embedding: tables."""
+    """total; active: used by one token, embedding look-up left out; embedding: both tables."""
 
     total: int
     active: int
@@ -264,16 +264,23 @@ class ParameterCount(NamedTuple):
 
 
 def num_parameters(model: MoETransformer) -> ParameterCount:
-    """Count parameters; builds on the meta device count as well as real ones."""
+    """Count parameters of the whole model, those of experts in other processes included.
+
+    A model on the meta device will do.
+    """
     config = model.config
-    total = sum(p.numel() for p in model.parameters())
+    total = active = sum(p.numel() for p in model.parameters())
     table = model.embedding.weight.numel()
-    embedding = table if config.tie_embeddings else table + model.head.weight.numel()
-    active = model.head.weight.numel() + model.final_norm.weight.numel()
+    if not config.tie_embeddings:
+        active -= table
     for block in model.transformer_blocks():
-        parts = (block.attention_norm, block.attention, block.feed_forward_norm)
-        active += sum(p.numel() for part in parts for p in part.parameters())
-        active += count_active(block.feed_forward, config)
+        layer = block.feed_forward
+        if isinstance(layer, MoELayer):
+            held = sum(p.numel() for p in layer.experts.parameters())
+            expert = held // layer.num_local_experts
+            total += expert * config.moe.num_experts - held
+            active += expert * config.top_k - held
+    embedding = table if config.tie_embeddings else table + model.head.weight.numel()
     return ParameterCount(total, active, embedding)
 
 

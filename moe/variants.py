@@ -4,10 +4,12 @@ A variant is one module in `moe/routers`, `moe/losses` or `moe/experts`, found b
 name with a dot (`my_lab.sinkhorn`) is imported as it stands, so a private variant needs no fork.
 Each module has a `Config` (a `VariantConfig`) and the class or function that it switches on:
 
-    routers   class Router(config, hidden_size, num_experts): forward(x, context) -> Routing
+    routers   class Router(config, hidden_size, num_experts): forward(x, context) -> Routing;
+              Config has top_k, the K columns of its Routing (unused ones hold -1)
     losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
-              forward(rows, tokens_per_expert) -> rows
+              forward(rows, tokens_per_expert) -> rows, where rows behind the last expert's are
+              unused; optionally fused(x, plan, topk_weights) -> (T, D), see `moe.dispatcher`
 """
 
 import importlib
@@ -50,6 +52,15 @@ class VariantConfig(BaseModel):
 
     name: str
 
+    @property
+    def label(self) -> str:
+        """Its name in logs."""
+        return self.name
+
+
+# What the module of a variant has, beside its Config.
+PARTS = {"routers": "Router", "losses": "loss", "experts": "Experts"}
+
 
 def variant_names(kind: str) -> list[str]:
     """The names of the files in `moe/<kind>` (kind: `routers`, `losses` or `experts`)."""
@@ -73,8 +84,9 @@ def load_variant(kind: str, name: str) -> ModuleType:
         module = importlib.import_module(target)
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"cannot import {target}: {error}") from error
-    if not hasattr(module, "Config"):
-        raise ValueError(f"{target} has no class Config, so it is no variant for moe/{kind}")
+    for part in ("Config", PARTS[kind]):
+        if not hasattr(module, part):
+            raise ValueError(f"{target} has no {part}, so it is no variant for moe/{kind}")
     return module
 
 

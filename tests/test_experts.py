@@ -21,7 +21,7 @@ CASES = [
 
 def build(name, settings, num_experts, dtype=torch.float64):
     module = load_variant("experts", name)
-    experts = module.Experts(module.Config(**settings), num_experts, D, F)
+    experts = module.Experts(module.Config(name=name, **settings), num_experts, D, F)
     with torch.no_grad():
         for seed, parameter in enumerate(experts.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=seed))
@@ -116,7 +116,7 @@ def test_fused_form_equals_the_three_steps(name, settings, case):
 def test_experts_are_stacked_tensors_and_build_on_meta(name, settings):
     module = load_variant("experts", name)
     with torch.device("meta"):
-        experts = module.Experts(module.Config(**settings), 5, D, F)
+        experts = module.Experts(module.Config(name=name, **settings), 5, D, F)
     shapes = {n: tuple(p.shape) for n, p in experts.named_parameters()}
     # As expert parallelism and checkpoints expect them: gate, down, up.
     assert shapes == {"w1": (5, F, D), "w2": (5, D, F), "w3": (5, F, D)}

@@ -25,7 +25,7 @@ def compute(name, settings, routing, valid=None, shape=None, counts=None):
     module = load_variant("losses", name)
     shape = shape or (1, len(routing.topk_indices))
     router = RouterContext(torch.zeros(shape[0] * shape[1]).long(), None, valid, shape, True)
-    return module.loss(module.Config(**settings), routing, LossContext(router, counts))
+    return module.loss(module.Config(name=name, **settings), routing, LossContext(router, counts))
 
 
 def routing_of(probs, indices, valid=None, logits=None):

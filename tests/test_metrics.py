@@ -36,7 +36,7 @@ from train.step import train_step
 # Without noise, so that a forward pass of the test chooses what the run chose.
 LOGGED = {
     "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
-    "model.moe.first_dense": 1,
+    "model.moe.num_dense_layers": 1,
     "model.num_layers": 3,
     "logging.tensorboard": True,
     "logging.heatmap_every": 4,
@@ -97,7 +97,7 @@ def test_the_tags_are_these_and_no_others(logged):
         "validation/sums",
     } | {f"{name}/{layer}" for name in by_layer for layer in layers}
     assert set(tags["images"]) == {"experts/load"} | {f"domains/{layer}" for layer in layers}
-    assert set(tags["histograms"]) == {f"tokens_per_expert/{layer}" for layer in layers}
+    assert set(tags["histograms"]) == {f"load_share/{layer}" for layer in layers}
     assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
 
 

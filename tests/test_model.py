@@ -189,7 +189,7 @@ def test_a_noise_generator_under_activation_checkpointing_is_refused():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "first_dense": 1})
+    model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "num_dense_layers": 1})
     ids = tokens(4, 16)
     model(ids, ids.roll(-1, 1)).loss.backward()
     for name, parameter in model.named_parameters():

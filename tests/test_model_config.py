@@ -18,12 +18,14 @@ MISTAKES = {
     "model.moe.router.top_k (7) must not exceed model.moe.num_experts (6)": {
         "moe": {"router": {"name": "topk", "top_k": 7}}
     },
-    "model.moe.first_dense (2) and model.moe.every (1) leave no routed layer among "
+    "model.moe.num_dense_layers (2) and model.moe.moe_layer_every (1) leave no routed layer among "
     "model.num_layers (2); lower them, or set model.feed_forward: dense": {
-        "moe": {"first_dense": 2}
+        "moe": {"num_dense_layers": 2}
     },
-    "model.moe.first_dense (0) and model.moe.every (3) leave no routed layer among "
-    "model.num_layers (2); lower them, or set model.feed_forward: dense": {"moe": {"every": 3}},
+    "model.moe.num_dense_layers (0) and model.moe.moe_layer_every (3) leave no routed layer among "
+    "model.num_layers (2); lower them, or set model.feed_forward: dense": {
+        "moe": {"moe_layer_every": 3}
+    },
     "model.moe.shared_intermediate_size (9) has no effect while model.moe.num_shared_experts is 0; "
     "remove it or add shared experts": {"moe": {"shared_intermediate_size": 9}},
     "model.moe.losses names router_z_loss twice; keep one line": {
@@ -75,11 +77,13 @@ def test_whole_numbers_may_be_written_as_1e3():
 
 
 @pytest.mark.parametrize(
-    ("first_dense", "every", "routed"),
+    ("num_dense_layers", "every", "routed"),
     [(0, 1, (0, 1, 2, 3, 4, 5)), (0, 2, (1, 3, 5)), (1, 1, (1, 2, 3, 4, 5)), (2, 2, (3, 5))],
 )
-def test_routed_layers_lie_where_the_config_says(first_dense, every, routed):
-    model = tiny_model(num_layers=6, moe={"first_dense": first_dense, "every": every})
+def test_routed_layers_lie_where_the_config_says(num_dense_layers, every, routed):
+    model = tiny_model(
+        num_layers=6, moe={"num_dense_layers": num_dense_layers, "moe_layer_every": every}
+    )
     assert model.config.moe_layers == routed
     kinds = [type(block.feed_forward) for block in model.blocks]
     assert kinds == [MoELayer if i in routed else DenseFeedForward for i in range(6)]

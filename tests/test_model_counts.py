@@ -11,11 +11,14 @@ from moe.model import MoETransformer, flops_per_token, num_parameters
 
 COUNTED = {
     "plain": {},
-    "shared, first dense": {"num_layers": 3, "moe": {"num_shared_experts": 1, "first_dense": 1}},
+    "shared, first dense": {
+        "num_layers": 3,
+        "moe": {"num_shared_experts": 1, "num_dense_layers": 1},
+    },
     "tied, own widths": {
         "tie_embeddings": True,
         "num_layers": 4,
-        "moe": {"every": 2, "dense_intermediate_size": 40},
+        "moe": {"moe_layer_every": 2, "dense_intermediate_size": 40},
     },
     "window": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5}},
 }
@@ -89,8 +92,8 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {},
         {"moe": {"num_experts": 64, "router": {"name": "topk", "top_k": 8}}},
         {"moe": {"num_shared_experts": 2, "shared_intermediate_size": 40}},
-        {"num_layers": 4, "moe": {"first_dense": 1, "dense_intermediate_size": 300}},
-        {"num_layers": 5, "moe": {"every": 2, "dense_intermediate_size": 10}},
+        {"num_layers": 4, "moe": {"num_dense_layers": 1, "dense_intermediate_size": 300}},
+        {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

@@ -28,7 +28,7 @@ FINE = {
     "num_experts": 16,
     "intermediate_size": 32,
     "num_shared_experts": 2,
-    "first_dense": 1,
+    "num_dense_layers": 1,
     "router": {"name": "topk", "top_k": 4, "jitter": 0.1},
 }
 

@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
         "training.micro_batch_size": 1,
         "model.tie_embeddings": True,
     },
-    "bfloat16": {"training.precision": "bfloat16", "model.moe.first_dense": 1},
+    "bfloat16": {"training.precision": "bfloat16", "model.moe.num_dense_layers": 1},
 }
 
 

@@ -27,7 +27,7 @@ CASES = [
 
 def build(name, settings, dtype=torch.float32):
     module = load_variant("routers", name)
-    router = module.Router(module.Config(**settings), D, E)
+    router = module.Router(module.Config(name=name, **settings), D, E)
     with torch.no_grad():
         for seed, parameter in enumerate(router.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=seed))
@@ -171,7 +171,7 @@ def test_non_finite_logits_are_flagged_unless_they_are_padding(name, settings, p
 def test_router_builds_on_meta_and_restores_its_state(name, settings):
     module = load_variant("routers", name)
     with torch.device("meta"):
-        router = module.Router(module.Config(**settings), D, E)
+        router = module.Router(module.Config(name=name, **settings), D, E)
     router = router.to_empty(device="cpu")
     source = build(name, settings)
     if hasattr(source, "after_step"):

@@ -47,9 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--default-allocator", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
 
     def program() -> int:
+        for name in ("repeats", "threads"):
+            if getattr(options, name) < 1:
+                raise ConfigError(f"--{name} ({getattr(options, name)}) must be at least 1")
+        torch.set_num_threads(options.threads)
+        transformers()
         if options.what == "experts":
             tune_allocator()
             print(experts_report(options.repeats))
@@ -75,8 +79,7 @@ def transformers() -> Any:
         import transformers as library
     except ImportError as error:
         raise ConfigError(
-            "this benchmark needs Hugging Face's transformers: "
-            "pip install 'sparse-moe-lm[evaluation]'"
+            "this benchmark needs Hugging Face's transformers: pip install -e '.[evaluation]'"
         ) from error
     library.logging.set_verbosity_error()
     return library

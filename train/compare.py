@@ -23,12 +23,13 @@ from scipy import stats
 from moe.config import ModelConfig, dense_equivalent
 from moe.model import MoETransformer, flops_per_token, num_parameters
 from train.arguments import parse_arguments
-from train.config import RunConfig, load_config
+from train.config import RunConfig, dump_config, load_config
 from train.data import PreparedData, prepare_data
-from train.engine import build_engine
-from train.errors import ConfigError
+from train.engine import bfloat16_is_faster, build_engine, choose_device
+from train.errors import ConfigError, DataError
 from train.loop import Loop, Position, StopRequest
-from train.pretrain import identity, with_vocab_size
+from train.plan import describe_plan, make_plan
+from train.pretrain import identity, planned_vocab_size, with_vocab_size
 from train.program import guarded
 from train.random_state import seed_all
 from train.run_directory import RunLock, make_directory, replace_file, storage_errors
@@ -59,16 +60,45 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(options.config, overrides)
         if config.model.feed_forward != "moe":
             raise ConfigError("model.feed_forward (dense) must be moe: the dense arm is derived")
+        if not 0 < config.evaluation.every < config.num_steps:
+            raise ConfigError(
+                f"evaluation.every ({config.evaluation.every}) must lie between 0 and the run's "
+                f"steps ({config.num_steps}): speed-up is read off the validation curve"
+            )
+        if options.print_config:
+            print(dump_config(config), end="")
+            return 0
+        if options.dry_run:
+            print(describe_study(config, options.seeds))
+            return 0
         with RunLock(Path(config.output_dir)):
             return run_study(config, options.seeds)
 
     return guarded(program)
 
 
+def describe_study(config: RunConfig, num_seeds: int) -> str:
+    """What each arm costs, and how many there are."""
+    moe_model = with_vocab_size(config.model, planned_vocab_size(config.tokenizer))
+    parts = [f"{num_seeds} seeds of two arms"]
+    for arm, model in (("moe", moe_model), ("dense", dense_equivalent(moe_model))):
+        parts += ["", f"arm {arm}", describe_plan(make_plan(config, model, 2))]
+    return "\n".join(parts)
+
+
 def run_study(config: RunConfig, num_seeds: int) -> int:
     """Train what is missing, seed by seed, then report."""
     status = StatusLine()
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
+    if not any(data.validation_tokens.values()):
+        raise DataError("no domain has validation text; raise data.validation_fraction")
+    if config.training.precision == "auto":
+        # Measured once: all arms of a study must take the same.
+        half = bfloat16_is_faster(choose_device(config.training.device))
+        training = config.training.model_copy(
+            update={"precision": "bfloat16" if half else "float32"}
+        )
+        config = config.model_copy(update={"training": training})
     moe_model = with_vocab_size(config.model, data.tokenizer.vocab_size)
     models = {"moe": moe_model, "dense": dense_equivalent(moe_model)}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}

@@ -5,7 +5,6 @@ A plain engine for one process on a CPU or one GPU. A launcher's engine has the 
 `state_tensors`, `load_state_tensors`.
 """
 
-import re
 import time
 from collections.abc import Iterable
 
@@ -18,11 +17,8 @@ from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
 from train.config import OptimizerConfig, RunConfig
 from train.errors import CheckpointError, ConfigError
+from train.expert_names import join_experts, split_experts
 from train.packing import Batch
-
-# In a checkpoint each expert stands alone, under its global number.
-_STACKED = re.compile(r"^(.*\.experts)\.(w\d)$")
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(w\d)$")
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -110,18 +106,34 @@ class PlainEngine:
             CheckpointError: if names or shapes differ.
         """
         load_model(self.model, groups["model"])
-        parameters = dict(self.model.named_parameters())
         moments: dict[str, dict[str, Tensor]] = {}
         for name, value in groups["optimizer"].items():
             parameter, _, key = name.rpartition(":")
             moments.setdefault(key, {})[parameter] = value
-        for key, by_name in moments.items():
-            for name, value in join_experts(by_name).items():
-                if name not in parameters:
-                    raise CheckpointError(f"the optimizer state names an unknown weight {name}")
-                state = self.optimizer.state[parameters[name]]
+        joined = {key: join_experts(by_name) for key, by_name in moments.items()}
+        parameters = dict(self.model.named_parameters())
+        # A moment that is missing or too short would be read beyond its end by the fused kernel.
+        for key, by_name in joined.items():
+            if problem := _misfit(by_name, parameters, scalar=key == "step"):
+                raise CheckpointError(f"optimizer state {key}: {problem}")
+        for key, by_name in joined.items():
+            for name, value in by_name.items():
                 # The fused AdamW keeps its step count, too, on the weights' device.
-                state[key] = value.clone().to(self.device)
+                self.optimizer.state[parameters[name]][key] = value.clone().to(self.device)
+
+
+def _misfit(
+    tensors: dict[str, Tensor], parameters: dict[str, torch.nn.Parameter], *, scalar: bool
+) -> str | None:
+    """Which weight has no tensor, or one of another shape; None if all fit."""
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            return f"{name} is missing"
+        want = torch.Size() if scalar else parameter.shape
+        if tensors[name].shape != want:
+            return f"{name} is {tuple(tensors[name].shape)}, needs {tuple(want)}"
+    unknown = tensors.keys() - parameters.keys()
+    return f"{min(unknown)} is no weight of this model" if unknown else None
 
 
 def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -133,31 +145,6 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         for part_name, part in split_experts(name, value).items()
         if not torch.isfinite(part).all()
     ]
-
-
-def split_experts(name: str, value: Tensor) -> dict[str, Tensor]:
-    """One tensor an expert, `.experts.3.w1`, where `name` is a stack of them; else as it is."""
-    match = _STACKED.match(name)
-    if match is None:
-        return {name: value}
-    layer, matrix = match.groups()
-    return {f"{layer}.{expert}.{matrix}": part for expert, part in enumerate(value)}
-
-
-def join_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `split_experts` over a whole state; a scalar kept once for a stack stays."""
-    joined: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name, value in tensors.items():
-        match = _EXPERT.match(name)
-        if match is None:
-            joined[name] = value
-        else:
-            layer, expert, matrix = match.groups()
-            stacks.setdefault(f"{layer}.{matrix}", {})[int(expert)] = value
-    for name, parts in stacks.items():
-        joined[name] = torch.stack([parts[expert] for expert in sorted(parts)])
-    return joined
 
 
 def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:

@@ -92,9 +92,14 @@ def main(argv: list[str] | None = None) -> int:
             ("--temperature", options.temperature, options.temperature >= 0),
             ("--top-k", options.top_k, options.top_k is None or options.top_k >= 1),
             ("--top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1),
+            ("--seed", options.seed, 0 <= options.seed < 2**63),
         ):
             if not fine:
                 raise ConfigError(f"{name} ({value}) is out of range; see --help")
+        if not options.prompt.isprintable() and any(
+            "\ud800" <= c <= "\udfff" for c in options.prompt
+        ):
+            raise ConfigError("--prompt is not UTF-8 text")
         model, tokenizer, step = load_run(options.run, options.device)
         print(f"# {options.run}, step {step}", file=sys.stderr)
         text = sample_text(

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from moe.model import flops_per_token
-from moe.routing import max_violation
+from moe.routing import dead_experts, max_violation
 from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import PlainEngine
@@ -167,8 +167,10 @@ class Loop:
                     gradient_norm=metrics.gradient_norm,
                     tokens_per_second=speed,
                     mfu=None if self._utilisation is None else speed * self._utilisation,
-                    max_violation=float(max_violation(window).max()) if layers else None,
-                    dead_experts=int((window == 0).sum()) if layers else None,
+                    max_violation=float(max_violation(metrics.tokens_per_expert).max())
+                    if layers
+                    else None,
+                    dead_experts=int(dead_experts(window).sum()) if layers else None,
                 )
             )
             if self.writer is not None:

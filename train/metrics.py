@@ -77,7 +77,7 @@ class MetricsWriter:
         self, directory: Path, model: ModelConfig, first_step: int, warn: Callable[[str], None]
     ):
         self.layers = model.moe_layers
-        self.loss_weights = {loss.name: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
+        self.loss_weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
         self._warn = warn
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook
@@ -145,14 +145,14 @@ class MetricsWriter:
             self._guard(write)
 
     def write_load(self, window: Tensor, step: int) -> None:
-        """The layer x expert heat map, and the distribution of tokens per expert in each layer."""
+        """The layer x expert heat map, and the distribution of load / mean load in each layer."""
 
         def write() -> None:
             assert self._writer is not None
             self._writer.add_figure("experts/load", load_heat_map(window, self.layers), step)
             for index, layer in enumerate(self.layers):
                 share = window[index] / window[index].float().mean().clamp(min=1e-9)
-                self._writer.add_histogram(f"tokens_per_expert/{_layer_tag(layer)}", share, step)
+                self._writer.add_histogram(f"load_share/{_layer_tag(layer)}", share, step)
 
         if self._writer is not None and self.layers:
             self._guard(write)

@@ -134,6 +134,11 @@ def run(config: RunConfig) -> int:
         config, model_config, precision=found.state["precision"] if found else None
     )
     position = restore(engine, found) if found else Position()
+    if position.step > config.num_steps:
+        raise ConfigError(
+            f"training.steps ({config.num_steps}) is below the checkpoint's step "
+            f"({position.step}); raise it, or begin anew in another output_dir"
+        )
     save_description(run_dir, config, data)
     plan = make_plan(config, model_config, 2 if engine.precision == "bfloat16" else 4)
     status.message(describe_plan(plan))
@@ -142,6 +147,7 @@ def run(config: RunConfig) -> int:
         f"in {engine.precision}, kernels: torch, output in {run_dir}"
     )
     first_step = position.step + 1 if found else 0
+    earlier, began = found.state["seconds"] if found else 0.0, time.monotonic()
     with open_writer(run_dir, config, model_config, first_step, warn) as writer:
 
         def save(at: Position) -> None:
@@ -150,6 +156,7 @@ def run(config: RunConfig) -> int:
             state = {
                 "step": at.step,
                 "evaluated": at.evaluated,
+                "seconds": earlier + time.monotonic() - began,
                 "precision": engine.precision,
                 "identity": facts,
                 "config": config.model_dump(mode="json"),
@@ -167,10 +174,9 @@ def run(config: RunConfig) -> int:
             save=save,
             sample=lambda stop: "\n".join(samples(engine, data, config, stop)) or None,
         )
-        began, first = time.monotonic(), position.step
         with StopRequest() as stop:
             position, evaluation = loop.run(position, stop)
-    seconds = time.monotonic() - began if position.step > first else None
+    seconds = earlier + time.monotonic() - began
     if stop.exit_code:
         status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
         return stop.exit_code
@@ -252,7 +258,8 @@ def finish(
     if summary["layers"]:
         layers = tuple(row["layer"] for row in summary["layers"])
         figure = domain_expert_map(evaluation.tokens_per_expert, domain_names, layers)
-        save_figure(figure, run_dir / "domain_expert_map.png")
+        with storage_errors(run_dir):
+            save_figure(figure, run_dir / "domain_expert_map.png")
         status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
     if config.logging.tensorboard:
         status.message(

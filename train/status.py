@@ -1,5 +1,6 @@
 """What does a person watching the run see? One line that stays on a terminal, lines in a pipe."""
 
+import io
 import shutil
 import sys
 import time
@@ -79,6 +80,9 @@ class StatusLine:
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
+        if isinstance(self.stream, io.TextIOWrapper):
+            # A sample may hold any script, and a terminal that lacks it must not end the training.
+            self.stream.reconfigure(errors="backslashreplace")
         self.live = self.stream.isatty()
         self._start: tuple[float, int] | None = None
         self._shown = 0

@@ -90,7 +90,7 @@ def train_step(
         set_random_state(random_state)
         refuse_nonfinite(engine, step, problem, config)
     passes = len(micro_batches)
-    names = [loss.name for loss in config.model.moe.losses]
+    names = [loss.label for loss in config.model.moe.losses]
     aux_means = (summary.aux_losses / passes).tolist()
     return StepMetrics(
         step=step + 1,
@@ -159,11 +159,11 @@ def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
     now = _StepSums(
         output.lm_loss * output.num_labels,
         output.num_labels,
-        torch.stack(aux) if aux else torch.zeros(0),
+        torch.stack(aux) if aux else output.loss.new_zeros(0),
         counts,
         entropy,
         torch.isfinite(output.loss.detach()),
-        torch.stack(finite) if finite else torch.ones(0, dtype=torch.bool),
+        torch.stack(finite) if finite else output.loss.new_ones(0, dtype=torch.bool),
     )
     if sums is None:
         return now

@@ -9,7 +9,7 @@ from train.validation import Evaluation
 
 
 def summarize(
-    evaluation: Evaluation, model: ModelConfig, tokens: int, seconds: float | None
+    evaluation: Evaluation, model: ModelConfig, tokens: int, seconds: float
 ) -> dict[str, Any]:
     """The run's results as JSON values; means are None without validation text.
 
@@ -51,14 +51,14 @@ def summarize(
 def render_summary(summary: dict[str, Any], num_experts: int) -> str:
     """Loss by domain against what unigrams give, expert use by layer, and samples of text."""
     tokens, seconds = summary["training_tokens"], summary["training_seconds"]
-    took = "" if seconds is None else f" in {format_duration(seconds)}"
     if not summary["domains"]:
         return (
-            f"After {tokens:,} training tokens{took}: there is no validation text; give more "
+            f"After {tokens:,} training tokens: there is no validation text; give more "
             f"documents, or raise data.validation_fraction"
         )
     lines = [
-        f"After {tokens:,} training tokens{took}, on held-out text (nats per token):",
+        f"After {tokens:,} training tokens in {format_duration(seconds)}, on held-out text "
+        "(nats per token):",
         "",
         f"  {'domain':<14}{'loss':>8}{'unigram':>10}{'gain':>8}{'bits/byte':>12}",
     ]

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from moe.config import Count, Section
 from train.errors import DataError
+from train.run_directory import replace_file
 from train.store import key_of, new_entry, read_entry
 
 END_OF_TEXT = "<|endoftext|>"
@@ -98,7 +99,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"kind": "bytes"}) + "\n", encoding="utf-8")
+        replace_file(path, json.dumps({"kind": "bytes"}) + "\n")
 
 
 class FileTokenizer:
@@ -157,9 +158,9 @@ class FileTokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json at `path` and tokenizer_config.json beside it."""
-        path.write_text(self._text, encoding="utf-8")
+        replace_file(path, self._text)
         config = json.dumps(self._specials, ensure_ascii=False, indent=1)
-        path.with_name("tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+        replace_file(path.with_name("tokenizer_config.json"), config + "\n")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -185,11 +186,13 @@ def _specials_beside(path: Path) -> dict[str, str]:
     text}."""
     config = path.with_name("tokenizer_config.json")
     try:
-        values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        values: Any = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if not isinstance(values, dict):
+        return {}
     found = {key: values.get(key) for key in ("eos_token", "pad_token")}
-    named = {key: v["content"] if isinstance(v, dict) else v for key, v in found.items()}
+    named = {key: v.get("content") if isinstance(v, dict) else v for key, v in found.items()}
     return {key: value for key, value in named.items() if isinstance(value, str)}
 
 

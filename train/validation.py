@@ -105,12 +105,11 @@ def _evaluate(engine, data, batch_size, seq_len, stop) -> Evaluation | None:
     domain_of = torch.cat([none.new_zeros(0), *domains])  # (N,)
     by_domain = sum_by_domain(by_sequence, domain_of, len(data.domain_names))  # (domains, L, E)
     entropy = {name: data.unigram_entropy(name) for name in loss}
-    nats_per_bit = torch.log(torch.tensor(2.0)).item()
     return Evaluation(
         loss=loss,
         unigram_entropy=entropy,
         bits_per_byte={
-            name: value / nats_per_bit / data.bytes_per_token(name) for name, value in loss.items()
+            name: value / math.log(2) / data.bytes_per_token(name) for name, value in loss.items()
         },
         num_tokens=num_tokens,
         tokens_per_expert=by_domain,

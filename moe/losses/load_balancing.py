@@ -17,7 +17,7 @@ Sources: Switch Transformers, arXiv 2101.03961, equations 4-6; global batch: Qiu
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moe.losses import LossContext
@@ -36,6 +36,20 @@ class Config(VariantConfig):
     weight: Annotated[Real, Field(ge=0)] = 0.01
     scope: Literal["micro_batch", "sequence", "global_batch"] = "global_batch"
     accumulation: Literal["exact", "running"] = "exact"
+
+    @model_validator(mode="after")
+    def _accumulation_counts(self):
+        if self.accumulation == "running" and self.scope != "global_batch":
+            raise ValueError(
+                f"accumulation (running) has no effect with scope ({self.scope}); it belongs to "
+                f"scope: global_batch"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name in logs, which says where the value is an approximation."""
+        return f"{self.name}_approximate" if self.accumulation == "running" else self.name
 
 
 def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:

@@ -1,0 +1,44 @@
+"""How are the experts of a stack named in a checkpoint? Each alone, by its global number."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from train.errors import CheckpointError
+
+_STACKED = re.compile(r"^(.*\.experts)\.(w\d)$")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(w\d)$")
+
+
+def split_experts(name: str, value: Tensor) -> dict[str, Tensor]:
+    """One tensor an expert, `.experts.3.w1`, where `name` is a stack of them; else as it is."""
+    match = _STACKED.match(name)
+    if match is None:
+        return {name: value}
+    layer, matrix = match.groups()
+    return {f"{layer}.{expert}.{matrix}": part for expert, part in enumerate(value)}
+
+
+def join_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `split_experts` over a whole state; a scalar kept once for a stack stays.
+
+    Raises:
+        CheckpointError: if an expert between others is missing, or their shapes differ.
+    """
+    joined: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, value in tensors.items():
+        match = _EXPERT.match(name)
+        if match is None:
+            joined[name] = value
+        else:
+            layer, expert, matrix = match.groups()
+            stacks.setdefault(f"{layer}.{matrix}", {})[int(expert)] = value
+    for name, parts in stacks.items():
+        if sorted(parts) != list(range(len(parts))):
+            raise CheckpointError(f"{name} has experts {sorted(parts)}: some are missing")
+        if len({part.shape for part in parts.values()}) > 1:
+            raise CheckpointError(f"{name} has experts of several shapes")
+        joined[name] = torch.stack([parts[expert] for expert in range(len(parts))])
+    return joined
