@@ -153,7 +153,7 @@ def test_load_histograms_are_shares_of_the_window(logged):
     _, events, steps = logged
     window = sum(metrics.tokens_per_expert for metrics in steps[:4]).numpy()
     for index, layer in enumerate(LAYERS):
-        first = events.Histograms(f"tokens_per_expert/layer{layer:02d}")[0]
+        first = events.Histograms(f"load_share/layer{layer:02d}")[0]
         share = window[index] / window[index].mean()
         assert first.step == 4 and first.histogram_value.num == 4
         assert first.histogram_value.sum == pytest.approx(4)

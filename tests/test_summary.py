@@ -52,10 +52,10 @@ def test_the_page_shows_them(evaluation, tmp_path):
     assert all(len(line) <= 100 for line in page.splitlines())
 
 
-def test_a_run_that_trained_nothing_claims_no_time(evaluation, tmp_path):
-    summary = summarize(evaluation, make_config(tmp_path).model, 1000, None)
-    assert summary["training_seconds"] is None
-    assert render_summary(summary, 4).startswith("After 1,000 training tokens, on held-out")
+def test_the_time_of_training_is_said(evaluation, tmp_path):
+    summary = summarize(evaluation, make_config(tmp_path).model, 1000, 65.0)
+    assert summary["training_seconds"] == 65.0
+    assert render_summary(summary, 4).startswith("After 1,000 training tokens in 1m05s, on held")
 
 
 def test_a_dense_model_has_no_table_of_experts(evaluation, tmp_path):

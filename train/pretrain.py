@@ -148,6 +148,7 @@ def run(config: RunConfig) -> int:
     )
     first_step = position.step + 1 if found else 0
     earlier, began = found.state["seconds"] if found else 0.0, time.monotonic()
+    first = position.step
     with open_writer(run_dir, config, model_config, first_step, warn) as writer:
 
         def save(at: Position) -> None:
@@ -176,7 +177,8 @@ def run(config: RunConfig) -> int:
         )
         with StopRequest() as stop:
             position, evaluation = loop.run(position, stop)
-    seconds = earlier + time.monotonic() - began
+    # A run that was finished before has only been looked at.
+    seconds = earlier + (time.monotonic() - began if position.step > first else 0)
     if stop.exit_code:
         status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
         return stop.exit_code
