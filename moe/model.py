@@ -40,13 +40,15 @@ class BatchTotals(NamedTuple):
 class ModelOutput(NamedTuple):
     """What a forward pass returns; None where it was not asked for.
 
-    loss () to differentiate; lm_loss () nats per token of this pass; num_labels () counted labels;
+    loss () to differentiate; lm_loss () nats per token of this pass; lm_z_loss () the mean squared
+    logsumexp of the head, if `model.lm_z_loss_weight` is set; num_labels () counted labels;
     aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers;
     logits (B, S, V); routings, one a routed layer; caches, one a block.
     """
 
     loss: Tensor | None
     lm_loss: Tensor | None
+    lm_z_loss: Tensor | None
     num_labels: Tensor | None
     aux_losses: tuple[Tensor, ...]
     logits: Tensor | None
@@ -167,12 +169,10 @@ class MoETransformer(nn.Module):
         x = self.final_norm(x)
         logits = self.head(x) if need_logits or (labels is None and need_logits is None) else None
         aux_losses = self._aux_losses(routings, context, totals)
-        loss = lm_loss = num_labels = None
-        if labels is not None:
-            loss, lm_loss, num_labels = self._loss(x, labels, aux_losses, routings, totals)
-        return ModelOutput(
-            loss, lm_loss, num_labels, aux_losses, logits, tuple(routings), tuple(new_caches)
+        output = ModelOutput(
+            *(None, None, None, None), aux_losses, logits, tuple(routings), tuple(new_caches)
         )
+        return output if labels is None else self._with_loss(output, x, labels, totals)
 
     def _aux_losses(
         self, routings: list[Routing], context: RouterContext, totals: BatchTotals | None
@@ -196,8 +196,10 @@ class MoETransformer(nn.Module):
             values.append(torch.stack(per_layer).mean())
         return tuple(values)
 
-    def _loss(self, x, labels, aux_losses, routings, totals):
-        """(loss, lm_loss, num_labels); with totals, `loss` is this pass's share of the step's."""
+    def _with_loss(
+        self, output: ModelOutput, x: Tensor, labels: Tensor, totals: BatchTotals | None
+    ) -> ModelOutput:
+        """Add the losses; with totals, `loss` is this pass's share of the step's."""
         lm = linear_cross_entropy(
             x.flatten(0, 1),
             self.head.weight,
@@ -205,18 +207,24 @@ class MoETransformer(nn.Module):
             z_loss_weight=self.config.lm_z_loss_weight,
         )
         loss = lm.loss
-        aux_share = 1.0
+        aux_share: float | Tensor = 1.0
         if totals is not None:
             # At least 1: a step may have no label at all. A quotient of integers would be float32.
             loss = loss * (lm.num_tokens.to(loss.dtype) / totals.num_labels.clamp(min=1))
-            if routings:
-                num_tokens = routings[0].num_tokens.to(loss.dtype)
+            if output.routings:
+                num_tokens = output.routings[0].num_tokens.to(loss.dtype)
                 aux_share = num_tokens / totals.num_tokens.clamp(min=1)
-        for config, value in zip(self.config.moe.losses, aux_losses, strict=False):
+        for config, value in zip(self.config.moe.losses, output.aux_losses, strict=False):
             weight = config.weight  # type: ignore[attr-defined]
             if weight:
                 loss = loss + weight * aux_share * value
-        return loss, (lm.loss - lm.z_loss).detach(), lm.num_tokens
+        z_weight = self.config.lm_z_loss_weight
+        return output._replace(
+            loss=loss,
+            lm_loss=(lm.loss - lm.z_loss).detach(),
+            lm_z_loss=lm.z_loss / z_weight if z_weight else None,
+            num_labels=lm.num_tokens,
+        )
 
 
 def init_weights(model: MoETransformer, seed: int) -> None:

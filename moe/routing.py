@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     router_logits, router_probs (T, E) float32; topk_weights (T, K) float32, 0 where the index is
     -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments;
     num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a valid token is
-    inf or NaN.
+    inf or NaN; valid (T,) bool, False for padding.
     """
 
     router_logits: Tensor
@@ -44,6 +44,7 @@ class Routing(NamedTuple):
     tokens_per_expert: Tensor
     num_tokens: Tensor
     logits_finite: Tensor
+    valid: Tensor
 
 
 def make_routing(
@@ -75,6 +76,7 @@ def make_routing(
         tokens_per_expert,
         counted,
         finite.all(),
+        torch.ones_like(finite) if valid is None else valid,
     )
 
 
@@ -107,28 +109,29 @@ def effective_experts(tokens_per_expert: Tensor) -> Tensor:
     return torch.special.entr(share.float()).sum(-1).exp()
 
 
-def router_entropy(routing: Routing, valid: Tensor | None = None) -> Tensor:
+def router_entropy(routing: Routing) -> Tensor:
     """Mean over valid tokens of the entropy of the router's distribution, divided by log E: 0 to 1.
 
     Sigmoid scores are divided by their sum first.
     """
     probs = routing.router_probs
     probs = probs / probs.sum(-1, keepdim=True).clamp(min=1e-20)
-    return _token_mean(torch.special.entr(probs).sum(-1) / math.log(max(2, probs.shape[-1])), valid)
+    return _token_mean(
+        torch.special.entr(probs).sum(-1) / math.log(max(2, probs.shape[-1])), routing
+    )
 
 
-def confidence_and_margin(routing: Routing, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def confidence_and_margin(routing: Routing) -> tuple[Tensor, Tensor]:
     """Means over valid tokens of p_1, and of p_K - p_{K+1} (0 where K = E)."""
     top_k, num_experts = routing.topk_indices.shape[-1], routing.router_probs.shape[-1]
     ranked = routing.router_probs.topk(min(top_k + 1, num_experts), dim=-1).values
     margin = ranked[:, top_k - 1] - ranked[:, top_k] if top_k < num_experts else ranked[:, 0] * 0
-    return _token_mean(ranked[:, 0], valid), _token_mean(margin, valid)
+    return _token_mean(ranked[:, 0], routing), _token_mean(margin, routing)
 
 
-def _token_mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None:
-        return values.mean()
-    return (values * valid).sum() / valid.sum().clamp(min=1)
+def _token_mean(values: Tensor, routing: Routing) -> Tensor:
+    """Mean of (T,) values over valid tokens; 0 where there are none."""
+    return (values * routing.valid).sum() / routing.num_tokens.clamp(min=1)
 
 
 def domain_expert_information(assignments: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ def test_router_measures_by_hand():
     assert confidence.item() == pytest.approx(1.9 / 3)
     assert margin.item() == pytest.approx((0.1 + 0.2 + 0.0) / 3)
     valid = torch.tensor([True, False, True])
-    assert router_entropy(routing, valid).item() == pytest.approx(entropies[0] / 2 / math.log(3))
-    confidence, margin = confidence_and_margin(routing, valid)
+    routing = routing._replace(valid=valid, num_tokens=valid.sum())
+    assert router_entropy(routing).item() == pytest.approx(entropies[0] / 2 / math.log(3))
+    confidence, margin = confidence_and_margin(routing)
     assert (confidence.item(), margin.item()) == pytest.approx((0.75, 0.05))
 
 

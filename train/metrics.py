@@ -49,6 +49,16 @@ def expert_usage(routings: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
     return counts, torch.stack([router_entropy(r).detach() for r in routings])
 
 
+def loss_weights(model: ModelConfig) -> dict[str, float]:
+    """The weight of each term beside the language-model loss, by its name in logs."""
+    weights = {}
+    if model.moe_layers:
+        weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
+    if model.lm_z_loss_weight:
+        weights["lm_z_loss"] = model.lm_z_loss_weight
+    return weights
+
+
 class LoadWindow:
     """Assignments over the last WINDOW_STEPS optimizer steps, for dead experts."""
 
@@ -77,7 +87,7 @@ class MetricsWriter:
         self, directory: Path, model: ModelConfig, first_step: int, warn: Callable[[str], None]
     ):
         self.layers = model.moe_layers
-        self.loss_weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
+        self.loss_weights = loss_weights(model)
         self._warn = warn
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook

@@ -16,7 +16,7 @@ from moe.model import BatchTotals, ModelOutput
 from train.config import RunConfig
 from train.engine import PlainEngine
 from train.errors import NonFiniteError
-from train.metrics import StepMetrics, expert_usage
+from train.metrics import StepMetrics, expert_usage, loss_weights
 from train.packing import IGNORE, Batch, TrainLoader
 from train.random_state import get_random_state, set_random_state
 from train.schedule import learning_rate
@@ -90,12 +90,14 @@ def train_step(
         set_random_state(random_state)
         refuse_nonfinite(engine, step, problem, config)
     passes = len(micro_batches)
-    names = [loss.label for loss in config.model.moe.losses]
+    num_labels = summary.num_labels.clamp(min=1)
     aux_means = (summary.aux_losses / passes).tolist()
+    if config.model.lm_z_loss_weight:
+        aux_means.append(float(summary.lm_z_loss_sum / num_labels))
     return StepMetrics(
         step=step + 1,
-        lm_loss=float(summary.lm_loss_sum / summary.num_labels.clamp(min=1)),
-        aux_losses=dict(zip(names, aux_means, strict=False)),
+        lm_loss=float(summary.lm_loss_sum / num_labels),
+        aux_losses=dict(zip(loss_weights(config.model), aux_means, strict=True)),
         learning_rate=rate,
         gradient_norm=float(gradient_norm),
         tokens_per_expert=tokens_per_expert.cpu(),
@@ -141,6 +143,7 @@ class _StepSums(NamedTuple):
     """Sums over the passes of a step; all tensors on the device."""
 
     lm_loss_sum: Tensor
+    lm_z_loss_sum: Tensor
     num_labels: Tensor
     aux_losses: Tensor
     tokens_per_expert: Tensor
@@ -158,6 +161,7 @@ def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
     finite = [routing.logits_finite for routing in output.routings]
     now = _StepSums(
         output.lm_loss * output.num_labels,
+        output.num_labels * (0.0 if output.lm_z_loss is None else output.lm_z_loss),
         output.num_labels,
         torch.stack(aux) if aux else output.loss.new_zeros(0),
         counts,
@@ -169,6 +173,7 @@ def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
         return now
     return _StepSums(
         sums.lm_loss_sum + now.lm_loss_sum,
+        sums.lm_z_loss_sum + now.lm_z_loss_sum,
         sums.num_labels + now.num_labels,
         sums.aux_losses + now.aux_losses,
         sums.tokens_per_expert + now.tokens_per_expert,
