@@ -220,6 +220,8 @@ def test_a_signal_while_the_model_writes_a_sample_saves_the_evaluation(tmp_path,
 def test_ctrl_c_before_the_training_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     def prepare(*arguments, **options):
         send(signal.SIGINT)
+        # Another thread may take the signal; Python then raises a moment later.
+        time.sleep(10)
 
     monkeypatch.setattr(train.pretrain, "prepare_data", prepare)
     assert run(tmp_path / "run") == 130
