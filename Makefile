@@ -4,7 +4,7 @@
 #   make test          style, types and tests; `make test-all` adds the long proofs
 #
 # PYTHON=python3.12    another Python, 3.11 or newer
-# ARGS="..."           further settings of the quickstart: make quickstart ARGS="training.steps=100"
+# ARGS="..."           further settings of the quickstart: make quickstart ARGS="training.tokens=100_000"
 # TORCH="..."          another build of PyTorch. `torch==2.13.0` is the build that pip finds first: on
 #                      Linux the CUDA build, unless pip is set up to find a CPU build too. With a GPU
 #                      and such a pip, this takes the CUDA build all the same:

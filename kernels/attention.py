@@ -15,7 +15,7 @@ from kernels.bench import Case, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 # Rows of queries per block of the short-sequence path; keys after a block are never computed.
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 64
 # Up to here the plain path beats the flash kernel on a CPU (1.1-1.4 times in float32, 1.8-2.8 in
 # bfloat16, forward and backward); beyond, the probabilities it saves (H S^2 / 2 a row) grow large.
 SHORT_KEYS = 1024

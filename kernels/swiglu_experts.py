@@ -59,7 +59,7 @@ class _Weights(NamedTuple):
     """The experts' matrices in the dtype of the matmuls.
 
     up: the matrices that make H (R, 2F), gate then up, each with its columns of H: one stack
-    (E, 2F, D) where a cast had to copy them anyway (one larger matmul), else w1 and w3.
+    (E, 2F, D), which makes one larger matmul, where a cast has to copy them anyway; else w1 and w3.
     down: w2 (E, D, F).
     """
 
@@ -236,8 +236,7 @@ class _SwigluExperts(torch.autograd.Function):
         weights = _cast_weights(w1, w2, w3, options.dtype)
         ctx.dtypes = x.dtype, w1.dtype
         x = x.to(options.dtype)
-        x_rows = place_rows(x.index_select(0, plan.token_of_row), layout)
-        y, kept = _forward_rows(x_rows, weights, layout.spans, options)
+        y, kept = _forward_rows(_gather(x, plan, layout), weights, layout.spans, options)
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
         out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
@@ -253,8 +252,8 @@ class _SwigluExperts(torch.autograd.Function):
         plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
         grad_rows, grad_scale, *grad_weights = _backward_rows(
-            place_rows(grad_out.to(x.dtype).index_select(0, plan.token_of_row), layout),
-            place_rows(x.index_select(0, plan.token_of_row), layout),
+            _gather(grad_out.to(x.dtype), plan, layout),
+            _gather(x, plan, layout),
             _Weights(list(zip(up, ctx.columns, strict=True)), down),
             place_rows(weights_by_row(plan, topk_weights), layout),
             (h, a),
@@ -269,6 +268,19 @@ class _SwigluExperts(torch.autograd.Function):
         grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
         grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
         return grad_x, *grad_weights, grad_topk, None, None
+
+
+def _gather(x: Tensor, plan: DispatchPlan, layout: RowLayout) -> Tensor:
+    """Each row's token of x (T, D), laid out for the matmuls; padding is zero."""
+    if layout.position is None:
+        return x.index_select(0, plan.token_of_row)
+    tokens = plan.token_of_row.new_zeros(layout.num_rows)
+    used = layout.position.numel()
+    tokens.index_copy_(0, layout.position, plan.token_of_row[:used])
+    rows = x.index_select(0, tokens)
+    for _, _, end, stop in layout.spans:
+        rows[end:stop] = 0
+    return rows
 
 
 def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:

@@ -47,6 +47,7 @@ from train.run_directory import (
 __all__ = [
     "Checkpoint",
     "RunLock",
+    "changed_settings",
     "find_checkpoint",
     "load_checkpoint",
     "refuse_changes",
@@ -258,6 +259,17 @@ def _check_latest(directory: Path, newest: str, warn: Callable[[str], None]) -> 
 # ---- refusing a resume
 
 
+def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line per field that differs between two nested mappings; tuples count as lists."""
+    before, now = dict(_flatten(saved)), dict(_flatten(current))
+    lines = []
+    for field in dict.fromkeys([*before, *now]):
+        if field not in before or field not in now or before[field] != now[field]:
+            was, is_now = before.get(field, "not set"), now.get(field, "not set")
+            lines.append(f"{field}: {was} in the checkpoint, {is_now} now")
+    return lines
+
+
 def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint of another model, other data or another tokenizer.
 
@@ -267,12 +279,7 @@ def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     Raises:
         ConfigError: one line per field that differs, and the way out.
     """
-    before, now = dict(_flatten(saved)), dict(_flatten(current))
-    lines = []
-    for field in dict.fromkeys([*before, *now]):
-        if field not in before or field not in now or before[field] != now[field]:
-            was, is_now = before.get(field, "not set"), now.get(field, "not set")
-            lines.append(f"{field}: {was} in the checkpoint, {is_now} now")
+    lines = changed_settings(saved, current)
     if lines:
         raise ConfigError(
             "\n".join(

@@ -4,12 +4,13 @@ Defaults live in these classes alone; a YAML lists only what differs from them.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from moe.config import ModelConfig, Section
 from moe.variants import Count, Natural, Real, Whole
@@ -93,7 +94,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None
+    threads: Annotated[Count, Field(le=1024)] | None = None
     nonfinite: Literal["skip", "stop"] = "stop"
     debug: bool = False
 
@@ -160,7 +161,9 @@ class RunConfig(Section):
     """Everything that decides a run's result, and where it is written."""
 
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/default"
+    output_dir: Annotated[
+        str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)
+    ] = "runs/default"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)

@@ -50,7 +50,7 @@ class DataConfig(Section):
     stops the run. Local files that are missing always stop it.
     """
 
-    cache_dir: str = "data"
+    cache_dir: Annotated[str, Field(min_length=1)] = "data"
     domains: tuple[DomainConfig, ...] = tuple(
         DomainConfig(name=name, corpus=name) for name in DEFAULT_DOMAINS
     )

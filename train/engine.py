@@ -226,6 +226,9 @@ def bfloat16_is_faster(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
+    # On one thread: several wait for each other where another process has a core.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(512, 512, dtype=dtype)
         times = []
@@ -234,4 +237,5 @@ def bfloat16_is_faster(device: str) -> bool:
             x @ x
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
+    torch.set_num_threads(threads)
     return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]

@@ -36,7 +36,13 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[MoETransformer, Token
     with torch.device(choose_device(device)):
         model = MoETransformer(config.model)
     load_model(model, found.tensors["model"])
-    return model.eval(), load_tokenizer(run_dir / "tokenizer.json"), found.step
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    if tokenizer.sha256 != found.state["identity"]["tokenizer"]["sha256"]:
+        raise ConfigError(
+            f"{run_dir / 'tokenizer.json'} is not the tokenizer that the model was trained with; "
+            f"the run's training command puts the right one back"
+        )
+    return model.eval(), tokenizer, found.step
 
 
 def sample_text(
@@ -87,9 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
 
     def program() -> int:
+        heat = options.temperature
         for name, value, fine in (
             ("--max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1),
-            ("--temperature", options.temperature, options.temperature >= 0),
+            ("--temperature", heat, heat == 0 or 0.01 <= heat <= 100),
             ("--top-k", options.top_k, options.top_k is None or options.top_k >= 1),
             ("--top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1),
             ("--seed", options.seed, 0 <= options.seed < 2**63),

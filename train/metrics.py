@@ -65,6 +65,14 @@ class LoadWindow:
     def __init__(self) -> None:
         self._steps: deque[Tensor] = deque(maxlen=WINDOW_STEPS)
 
+    def tensor(self) -> Tensor:
+        """(steps, L, E), for a checkpoint."""
+        return torch.stack(list(self._steps)) if self._steps else torch.zeros(0, 0, 0).long()
+
+    def restore(self, steps: Tensor) -> None:
+        """Continue the window that `tensor` returned."""
+        self._steps.extend(steps.unbind(0))
+
     def add(self, tokens_per_expert: Tensor) -> Tensor:
         """Add one step's (L, E) counts and return the window's sum."""
         self._steps.append(tokens_per_expert.cpu())

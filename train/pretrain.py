@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -11,11 +13,18 @@ from typing import Any
 
 from moe.config import ModelConfig
 from train.arguments import parse_arguments
-from train.checkpoint import Checkpoint, RunLock, find_checkpoint, refuse_changes, save_checkpoint
+from train.checkpoint import (
+    Checkpoint,
+    RunLock,
+    changed_settings,
+    find_checkpoint,
+    refuse_changes,
+    save_checkpoint,
+)
 from train.config import RunConfig, dump_config, load_config
 from train.data import PreparedData, describe, prepare_data
 from train.engine import PlainEngine, bfloat16_is_faster, build_engine, choose_device
-from train.errors import ConfigError
+from train.errors import ConfigError, NonFiniteError
 from train.figures import domain_expert_map, save_figure
 from train.generate import sample_text
 from train.loop import Loop, Position, StopRequest
@@ -139,6 +148,9 @@ def run(config: RunConfig) -> int:
             f"training.steps ({config.num_steps}) is below the checkpoint's step "
             f"({position.step}); raise it, or begin anew in another output_dir"
         )
+    if found is not None:
+        for line in changed_settings(found.state["config"], config.model_dump(mode="json")):
+            status.message(f"note: from here on {line}")
     save_description(run_dir, config, data)
     plan = make_plan(config, model_config, 2 if engine.precision == "bfloat16" else 4)
     status.message(describe_plan(plan))
@@ -154,6 +166,11 @@ def run(config: RunConfig) -> int:
         def save(at: Position) -> None:
             if writer is not None:
                 writer.flush()
+            if broken := engine.nonfinite_weights():
+                raise NonFiniteError(
+                    f"step {at.step}: the weight {broken[0]} is inf or NaN, so this step is not "
+                    f"saved; lower optimizer.learning_rate and go on from the checkpoint before"
+                )
             state = {
                 "step": at.step,
                 "evaluated": at.evaluated,
@@ -162,7 +179,11 @@ def run(config: RunConfig) -> int:
                 "identity": facts,
                 "config": config.model_dump(mode="json"),
             }
-            tensors = {**engine.state_tensors(), "random": get_random_state()}
+            tensors = {
+                **engine.state_tensors(),
+                "random": get_random_state(),
+                "metrics": {"load_window": loop.window.tensor()},
+            }
             keep = config.checkpoint.keep_last
             save_checkpoint(run_dir, at.step, tensors, state, keep_last=keep, warn=warn)
 
@@ -175,6 +196,8 @@ def run(config: RunConfig) -> int:
             save=save,
             sample=lambda stop: "\n".join(samples(engine, data, config, stop)) or None,
         )
+        if found is not None:
+            loop.window.restore(found.tensors["metrics"]["load_window"])
         with StopRequest() as stop:
             position, evaluation = loop.run(position, stop)
     # A run that was finished before has only been looked at.
@@ -263,12 +286,16 @@ def finish(
         with storage_errors(run_dir):
             save_figure(figure, run_dir / "domain_expert_map.png")
         status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
+    programs = Path(sys.executable).parent
+    here = f"{os.path.relpath(programs)}/" if programs.is_relative_to(Path.cwd()) else ""
     if config.logging.tensorboard:
         status.message(
-            f"the curves:                        tensorboard --logdir {run_dir / 'tensorboard'}"
+            f"the curves:                        {here}tensorboard --logdir "
+            f"{shlex.quote(str(run_dir / 'tensorboard'))}"
         )
     status.message(
-        f"let it write:                      python -m train.generate {run_dir} --prompt 'def '"
+        f"let it write:                      {here}python -m train.generate "
+        f"{shlex.quote(str(run_dir))} --prompt 'def '"
     )
 
 

@@ -1,12 +1,13 @@
 """How does a program end? Exit codes and messages instead of tracebacks."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 import torch
 
-from train.errors import RunError
+from train.errors import NoSpaceError, RunError
 
 OUT_OF_MEMORY = 8
 
@@ -29,6 +30,9 @@ def guarded(program: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (MemoryError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            print(f"error: no space left on the device: {error}", file=sys.stderr)
+            return NoSpaceError.exit_code
         if not is_out_of_memory(error):
             raise
         first_line = str(error).splitlines()[0] if str(error) else "MemoryError"

@@ -43,7 +43,7 @@ class TokenizerConfig(Section):
     training text. kind `bytes`: the 256 bytes and two special tokens, nothing to train."""
 
     file: str | None = None
-    vocab_size: Annotated[Count, Field(ge=_SMALLEST_VOCAB_SIZE)] = _DEFAULT_VOCAB_SIZE
+    vocab_size: Annotated[Count, Field(ge=_SMALLEST_VOCAB_SIZE, le=1_000_000)] = _DEFAULT_VOCAB_SIZE
     kind: Literal["bpe", "bytes"] = "bpe"
 
     @model_validator(mode="after")
