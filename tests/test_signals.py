@@ -224,7 +224,12 @@ def test_ctrl_c_before_the_training_is_one_line_and_130(tmp_path, monkeypatch, c
         time.sleep(10)
 
     monkeypatch.setattr(train.pretrain, "prepare_data", prepare)
-    assert run(tmp_path / "run") == 130
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(tmp_path / "run") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\nstopped by Ctrl-C; nothing had to be saved\n"
 
 
