@@ -4,6 +4,8 @@ p = softmax(logits / temperature), cut to the top_k likeliest tokens and to the 
 likeliest tokens whose probability reaches top_p, then divided by what is left
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,7 @@ def generate(
     top_p: float | None = None,
     end_of_text: int | None = None,
     generator: torch.Generator | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Continue each row of `input_ids`.
 
@@ -94,6 +97,7 @@ def generate(
         end_of_text: a row that has written this token is filled up with it; decoding stops when
             every row has. One in the prompt does not count.
         generator: of the draws, on the model's device; None for PyTorch's global one.
+        stop: asked before each token; True ends the text there.
     Returns:
         (B, S + new) with new <= max_new_tokens.
     Raises:
@@ -108,6 +112,8 @@ def generate(
         tokens, step, caches = [input_ids], input_ids, None
         finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
+            if stop():
+                break
             out = model(step, caches=caches)
             caches = out.caches
             chosen = _next_tokens(out.logits[:, -1], temperature, top_k, top_p, generator)  # (B,)

@@ -172,6 +172,19 @@ def test_the_models_mode_is_restored(training, monkeypatch):
     assert model.training == training
 
 
+@pytest.mark.parametrize("asked", [0, 1, 3])
+def test_a_stop_ends_the_text_before_the_next_token(asked):
+    model, ids, answers = tiny_model(), tokens(2, 3), []
+
+    def stop() -> bool:
+        answers.append(len(answers) >= asked)
+        return answers[-1]
+
+    out = generate(model, ids, 8, temperature=0, stop=stop)
+    assert torch.equal(out, generate(model, ids, asked, temperature=0))
+    assert len(answers) == asked + 1
+
+
 def test_nothing_to_write_returns_the_prompt():
     ids = tokens(2, 3)
     assert torch.equal(generate(tiny_model(), ids, 0), ids)

@@ -8,7 +8,7 @@ from checkpoint_cases import flip_bit
 from training_cases import run
 
 from train.checkpoint import RunLock
-from train.generate import load_run, main
+from train.generate import load_run, main, sample_text
 
 SAVED = {"training.steps": 30, "evaluation.every": 0, "checkpoint.every": 20}
 
@@ -88,7 +88,8 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(run_dir, tmp_path
         (["--max-new-tokens", "0"], "--max-new-tokens (0) is out of range"),
         (["--top-k", "0"], "--top-k (0) is out of range"),
         (["--top-p", "1.5"], "--top-p (1.5) is out of range"),
-        (["--device", "cuda"], "PyTorch sees no GPU"),
+        (["--max-new-tokens", "99999999999"], "(99999999999) is out of range; needs 1 to 2^31 - 1"),
+        (["--device", "cuda"], "--device cuda, but PyTorch sees no GPU; leave --device out"),
     ],
 )
 def test_options_out_of_range_are_one_line(run_dir, arguments, message, capsys, monkeypatch):
@@ -112,4 +113,28 @@ def test_what_is_no_run_is_one_line(run_dir, tmp_path, capsys):
     (copy / "tokenizer.json").unlink()
     assert main([str(copy)]) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "tokenizer.json" in line and "Traceback" not in line
+    assert line == (
+        f"error: {copy / 'tokenizer.json'} is missing; the run's training command puts the right "
+        f"one back"
+    )
+    (copy / "tokenizer.json").write_text("{")
+    assert main([str(copy)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tokenizer.json cannot be read as a tokenizer" in line and "tokenizer.file" not in line
+    assert main([str(copy / "tokenizer.json")]) == 2
+    assert "a file, not a run directory" in capsys.readouterr().err
+
+
+def test_a_stop_ends_a_sample_at_the_next_token(run_dir):
+    model, tokenizer, _ = load_run(run_dir)
+    whole = sample_text(model, tokenizer, "moss", max_new_tokens=12, temperature=0)
+    asked = []
+    part = sample_text(
+        model,
+        tokenizer,
+        "moss",
+        max_new_tokens=12,
+        temperature=0,
+        stop=lambda: asked.append(None) or len(asked) > 3,
+    )
+    assert len(asked) == 4 and part == whole[: len("moss") + 3]

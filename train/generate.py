@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from moe.model import MoETransformer
 from train.checkpoint import find_checkpoint
 from train.config import config_from_dict
 from train.engine import choose_device, load_model
-from train.errors import ConfigError
+from train.errors import ConfigError, DataError
 from train.program import guarded
 from train.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,27 +23,38 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[MoETransformer, Token
     Raises:
         ConfigError: if `run_dir` is not a run with a checkpoint.
         CheckpointError: if all its checkpoints are damaged.
+        DataError: if its tokenizer is missing or cannot be read.
     """
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run directory; give the output_dir of a run")
-    found = find_checkpoint(
+        found = "a file, not a run directory" if run_dir.exists() else "no such run directory"
+        raise ConfigError(f"{run_dir}: {found}; give the output_dir of a run")
+    checkpoint = find_checkpoint(
         run_dir, "auto", lambda text: print(f"warning: {text}", file=sys.stderr)
     )
-    if found is None:
+    if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet; train first, or give another run")
-    saved = found.state["config"]
-    saved["model"] = found.state["identity"]["model"]
+    # Before the model, which may take minutes to build.
+    tokenizer = _load_tokenizer(run_dir, checkpoint.state["identity"]["tokenizer"]["sha256"])
+    saved = checkpoint.state["config"]
+    saved["model"] = checkpoint.state["identity"]["model"]
     config = config_from_dict(saved, source=str(run_dir))
     with torch.device(choose_device(device)):
         model = MoETransformer(config.model)
-    load_model(model, found.tensors["model"])
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
-    if tokenizer.sha256 != found.state["identity"]["tokenizer"]["sha256"]:
-        raise ConfigError(
-            f"{run_dir / 'tokenizer.json'} is not the tokenizer that the model was trained with; "
-            f"the run's training command puts the right one back"
-        )
-    return model.eval(), tokenizer, found.step
+    load_model(model, checkpoint.tensors["model"])
+    return model.eval(), tokenizer, checkpoint.step
+
+
+def _load_tokenizer(run_dir: Path, sha256: str) -> Tokenizer:
+    path, way_out = run_dir / "tokenizer.json", "the run's training command puts the right one back"
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError as error:
+        # Its message names a setting of the training; here there is only the file.
+        found = "cannot be read as a tokenizer" if path.is_file() else "is missing"
+        raise DataError(f"{path} {found}; {way_out}") from error
+    if tokenizer.sha256 != sha256:
+        raise ConfigError(f"{path} is not the tokenizer that the model was trained with; {way_out}")
+    return tokenizer
 
 
 def sample_text(
@@ -55,8 +67,12 @@ def sample_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The prompt and what the model writes after it, up to an end of text."""
+    """The prompt and what the model writes after it, up to an end of text.
+
+    Args: stop: asked before each token; True ends the text there.
+    """
     device = model.embedding.weight.device
     # A document begins after the end of the one before.
     ids = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(prompt)]], device=device)
@@ -70,6 +86,7 @@ def sample_text(
         top_p=top_p,
         end_of_text=tokenizer.end_of_text,
         generator=generator,
+        stop=stop,
     )
     new = [token for token in written[0, 1:].tolist() if token < tokenizer.vocab_size]
     return tokenizer.decode(new)
@@ -88,25 +105,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for an option that cannot be, before anything is loaded."""
+    heat, many = options.temperature, "1 to 2^31 - 1"
+    for name, value, fine, needs in (
+        ("--max-new-tokens", options.max_new_tokens, 1 <= options.max_new_tokens < 2**31, many),
+        ("--temperature", heat, heat == 0 or 0.01 <= heat <= 100, "0, or 0.01 to 100"),
+        ("--top-k", options.top_k, options.top_k is None or 1 <= options.top_k < 2**31, many),
+        ("--top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1, "above 0 to 1"),
+        ("--seed", options.seed, 0 <= options.seed < 2**63, "0 to 2^63 - 1"),
+    ):
+        if not fine:
+            raise ConfigError(f"{name} ({value}) is out of range; needs {needs}")
+    if any("\ud800" <= character <= "\udfff" for character in options.prompt):
+        raise ConfigError("--prompt is not UTF-8 text; give it in UTF-8")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda, but PyTorch sees no GPU; leave --device out, or install a CUDA build "
+            "of torch (README, two commands)"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
     options = _parser().parse_args(argv)
 
     def program() -> int:
-        heat = options.temperature
-        for name, value, fine in (
-            ("--max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1),
-            ("--temperature", heat, heat == 0 or 0.01 <= heat <= 100),
-            ("--top-k", options.top_k, options.top_k is None or options.top_k >= 1),
-            ("--top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1),
-            ("--seed", options.seed, 0 <= options.seed < 2**63),
-        ):
-            if not fine:
-                raise ConfigError(f"{name} ({value}) is out of range; see --help")
-        if not options.prompt.isprintable() and any(
-            "\ud800" <= c <= "\udfff" for c in options.prompt
-        ):
-            raise ConfigError("--prompt is not UTF-8 text")
+        _check(options)
         model, tokenizer, step = load_run(options.run, options.device)
         print(f"# {options.run}, step {step}", file=sys.stderr)
         text = sample_text(
