@@ -12,7 +12,8 @@ from training_cases import checkpoint, make_config, make_engine, micro_batches, 
 import train.plan
 from train.config import RunConfig
 from train.engine import PlainEngine
-from train.plan import Plan, check_memory, format_bytes, format_count, make_plan
+from train.plan import Plan, check_memory, format_count, make_plan
+from train.run_directory import format_bytes
 
 # Large enough that scalars and indices do not weigh.
 WIDE: dict[str, Any] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from train.checkpoint import find_checkpoint
 from train.errors import ConfigError
 from train.run_directory import SAVING, RunLock
 
@@ -87,3 +88,62 @@ def test_an_exception_inside_frees_the_lock(tmp_path):
         raise KeyError
     with RunLock(tmp_path):
         pass
+
+
+def refusal(run_dir: Path) -> str:
+    with pytest.raises(ConfigError) as error, RunLock(run_dir):
+        pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+def test_an_output_dir_that_is_a_file_is_named_as_one(tmp_path, below):
+    file = tmp_path / "run"
+    file.write_text("notes")
+    run_dir = file.joinpath(*below)
+    shown = f"output_dir ({run_dir}){f': {file}' if below else ''}"
+    assert refusal(run_dir) == (
+        f"{shown} is a file; move it away, or choose an output_dir that can be written"
+    )
+
+
+def test_a_dangling_link_is_named_with_where_it_leads(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.symlink_to(tmp_path / "gone")
+    message = refusal(run_dir)
+    assert message.startswith(f"output_dir ({run_dir}) is a link to {tmp_path / 'gone'}, which is")
+    (tmp_path / "gone").mkdir()
+    with RunLock(run_dir):
+        pass
+
+
+def test_checkpoints_that_cannot_be_a_directory_are_noticed_at_the_start(tmp_path):
+    """And not at the first save, hours later."""
+    place = tmp_path / "checkpoints"
+    place.write_text("")
+    role = f"the place of the checkpoints ({place})"
+    assert refusal(tmp_path).startswith(f"{role} is a file; move it away")
+    place.unlink()
+    place.symlink_to("elsewhere")
+    assert refusal(tmp_path).startswith(f"{role} is a link to elsewhere, which is not there")
+    for resume in ("auto", "never", "must"):
+        with pytest.raises(ConfigError, match="is a link to elsewhere"):
+            find_checkpoint(tmp_path, resume, pytest.fail)
+    # The lock was freed each time.
+    place.unlink()
+    with RunLock(tmp_path):
+        assert not place.exists()
+
+
+def test_a_directory_of_checkpoints_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    place = tmp_path / "checkpoints"
+    place.mkdir()
+    # Root may write anywhere, so the system call itself refuses.
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != place and real(path, mode))
+    assert refusal(tmp_path).startswith(
+        f"the place of the checkpoints ({place}) cannot be written by this user; allow writing"
+    )
+    # Reading it is another matter: `train.generate` may look into a run of someone else.
+    assert find_checkpoint(tmp_path, "auto", pytest.fail) is None

@@ -35,6 +35,8 @@ from train.run_directory import (
     REPLACED,
     SAVING,
     RunLock,
+    check_directory,
+    format_bytes,
     make_directory,
     remove_leftovers,
     remove_tree,
@@ -94,13 +96,17 @@ def save_checkpoint(
         raise ValueError(f"step ({step}) must be >= 0 and keep_last ({keep_last}) >= 1")
     check_groups(tensors)
     state_text = dump_state(state)
+    size = len(state_text) + sum(
+        t.numel() * t.element_size() for named in tensors.values() for t in named.values()
+    )
     directory = Path(run_dir) / "checkpoints"
     target = directory / f"step_{step:08d}"
     temporary = directory / (SAVING + target.name)
-    with storage_errors(directory, "Checkpoints that were complete are intact."):
+    takes = f"The checkpoint of step {step} takes {format_bytes(size)}; complete ones are intact."
+    with storage_errors(directory, takes):
         make_directory(directory)
         remove_leftovers(directory, warn)
-        _check_free_space(directory, step, tensors, len(state_text))
+        _check_free_space(directory, step, size)
         try:
             os.mkdir(temporary)
             _write_files(temporary, step, tensors, state_text)
@@ -113,19 +119,14 @@ def save_checkpoint(
     return target
 
 
-def _check_free_space(
-    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_bytes: int
-) -> None:
-    needed = state_bytes + _SPARE_BYTES
-    needed += sum(
-        t.numel() * t.element_size() for named in tensors.values() for t in named.values()
-    )
+def _check_free_space(directory: Path, step: int, size: int) -> None:
     free = shutil.disk_usage(directory).free
-    if free < needed:
+    if free < size + _SPARE_BYTES:
         raise NoSpaceError(
-            f"{directory}: the checkpoint of step {step} needs {needed / 1e6:,.1f} MB and "
-            f"{free / 1e6:,.1f} MB are free: free some space, choose another output_dir or lower "
-            "checkpoint.keep_last. Checkpoints that were complete are intact."
+            f"{directory}: the checkpoint of step {step} needs {format_bytes(size)} and "
+            f"{format_bytes(_SPARE_BYTES)} to spare, {format_bytes(free)} are free: free some "
+            "space, choose another output_dir, or lower checkpoint.keep_last or the model. "
+            "Complete checkpoints are intact."
         )
 
 
@@ -208,10 +209,12 @@ def find_checkpoint(
     Returns:
         None when the run begins anew.
     Raises:
-        ConfigError: `must` without a checkpoint, `never` with one, a directory that is unreadable.
+        ConfigError: `must` without a checkpoint, `never` with one, a directory that is unreadable,
+            or something else in its place.
         CheckpointError: there are checkpoints and all of them are damaged.
     """
     directory = Path(run_dir) / "checkpoints"
+    check_directory(directory, "the place of the checkpoints", writable=False)
     with storage_errors(directory):
         listed = _list_checkpoints(directory)
     if not listed:

@@ -10,6 +10,7 @@ from kernels.grouped_matmul import row_quantum
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
 from train.config import RunConfig
+from train.run_directory import format_bytes
 
 _FLOAT32 = 4
 # Rows of (F,) that `kernels.swiglu_experts` keeps for each assignment, by its `save`.
@@ -150,15 +151,6 @@ def _half_precision_bytes(model: ModelConfig, layer: int, c: int) -> int:
         rows = moe.num_experts * row_quantum(torch.device("cpu"), torch.bfloat16) // 2
         padding = rows * _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
     return c * (model.hidden_size * (heads * model.head_dim + 3 * widths) + padding)
-
-
-def format_bytes(count: float) -> str:
-    """In powers of 1,024: `3.2 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def format_count(count: float) -> str:

@@ -1,6 +1,5 @@
 """How does a program end? Exit codes and messages instead of tracebacks."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from train.errors import NoSpaceError, RunError
+from train.run_directory import FULL
 
 OUT_OF_MEMORY = 8
 
@@ -30,7 +30,7 @@ def guarded(program: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (MemoryError, RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None) in FULL:
             print(f"error: no space left on the device: {error}", file=sys.stderr)
             return NoSpaceError.exit_code
         if not is_out_of_memory(error):

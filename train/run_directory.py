@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
 
 # EFBIG is what `ulimit -f` and file systems with a limit on a file's size answer.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunLock:
@@ -41,7 +41,8 @@ class RunLock:
             ...
 
     Raises:
-        ConfigError: on entry, if another process holds the lock or the directory cannot be written.
+        ConfigError: on entry, if another process holds the lock, or if the directory or its
+            `checkpoints` is something else or cannot be written.
         NoSpaceError: on entry, if the disk is full.
     """
 
@@ -50,12 +51,16 @@ class RunLock:
         self._fd: int | None = None
 
     def __enter__(self) -> "RunLock":
+        checkpoints = self.run_dir / "checkpoints"
         with storage_errors(self.run_dir):
+            check_directory(self.run_dir, "output_dir")
             make_directory(self.run_dir)
             fd = os.open(self.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 self._lock(fd)
-                remove_leftovers(self.run_dir / "checkpoints")
+                # Noticed now, and not at the first save, which may be hours away.
+                check_directory(checkpoints, "the place of the checkpoints")
+                remove_leftovers(checkpoints)
             except BaseException:
                 os.close(fd)
                 raise
@@ -124,11 +129,20 @@ def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
         raise _explain(error, where, advice) from error
 
 
+def format_bytes(count: float) -> str:
+    """In powers of 1,024: `3.2 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def _explain(error: OSError, where: str, advice: str) -> RunError:
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in FULL:
         way_out = f"free some space or choose another output_dir. {advice}".rstrip()
-        return NoSpaceError(f"{where}: {reason}: {way_out}")
+        return NoSpaceError(f"{where}: {reason}{_free_space(error, Path(where))}: {way_out}")
     if error.errno == errno.EIO:
         return ConfigError(
             f"{where}: {reason}: the disk fails; choose an output_dir on another one"
@@ -136,6 +150,17 @@ def _explain(error: OSError, where: str, advice: str) -> RunError:
     return ConfigError(
         f"{where}: {reason}: choose an output_dir that can be written, or allow writing there"
     )
+
+
+def _free_space(error: OSError, path: Path) -> str:
+    """How much there is on a full disk; a quota or a limit on files does not follow from that."""
+    if error.errno != errno.ENOSPC:
+        return ""
+    place = next(place for place in (path, *path.parents, Path()) if place.exists())
+    try:
+        return f" ({format_bytes(shutil.disk_usage(place).free)} are free)"
+    except OSError:
+        return ""
 
 
 def write_durably(path: Path, parts: Iterable[Any]) -> tuple[int, str]:
@@ -185,6 +210,33 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def check_directory(path: Path, role: str, *, writable: bool = True) -> None:
+    """Refuse a `path` that is no directory and cannot become one; nothing is created.
+
+    Args:
+        role: what the path is to the user, such as the name of its setting.
+        writable: also ask whether it, or what it will be made in, may be written.
+    Raises:
+        ConfigError: a file or a dangling link stands there or above, or writing is not allowed.
+    """
+    place = next(place for place in (path, *path.parents, Path()) if os.path.lexists(place))
+    where = f"{role} ({path})" if place == path else f"{role} ({path}): {place}"
+    if place.is_symlink() and not place.exists():
+        raise ConfigError(
+            f"{where} is a link to {os.readlink(place)}, which is not there; make that directory, "
+            "remove the link, or choose an output_dir that can be written"
+        )
+    if not place.is_dir():
+        raise ConfigError(
+            f"{where} is a file; move it away, or choose an output_dir that can be written"
+        )
+    if writable and not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{where} cannot be written by this user; allow writing there, or choose an "
+            "output_dir that can be written"
+        )
 
 
 def sync_directory(path: Path) -> None:
