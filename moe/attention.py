@@ -14,13 +14,13 @@ from moe.config import ModelConfig
 class RMSNorm(nn.Module):
     """`kernels.rms_norm` with its weight (D,)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, backend: str = "auto"):
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.backend)
 
 
 class KVCache(NamedTuple):
@@ -36,6 +36,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         attention = config.attention
+        eps, self.backend = config.norm_eps, config.kernel_backend
         self.num_heads, self.num_kv_heads = attention.num_heads, config.num_kv_heads
         self.head_dim, self.window = config.head_dim, attention.window
         self.rope_theta, self.qk_norm = attention.rope_theta, attention.qk_norm
@@ -47,8 +48,8 @@ class CausalSelfAttention(nn.Module):
         self.wo = nn.Linear(q_size, hidden, bias=False)
         if self.qk_norm != "none":
             per_head = self.qk_norm == "head"
-            self.q_norm = RMSNorm(self.head_dim if per_head else q_size, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim if per_head else kv_size, config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim if per_head else q_size, eps, self.backend)
+            self.k_norm = RMSNorm(self.head_dim if per_head else kv_size, eps, self.backend)
 
     def forward(
         self,
@@ -73,9 +74,11 @@ class CausalSelfAttention(nn.Module):
         v = v.view(batch, seq_len, self.num_kv_heads, self.head_dim)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, positions, theta=self.rope_theta)
+        q, k = apply_rope(q, k, positions, theta=self.rope_theta, backend=self.backend)
         if cache is not None:
             k = torch.cat([cache.keys, k], 1)  # (B, S_past + S, G, P)
             v = torch.cat([cache.values, v], 1)
-        out = fused_attention(q, k, v, document_ids=document_ids, window=self.window)
+        out = fused_attention(
+            q, k, v, document_ids=document_ids, window=self.window, backend=self.backend
+        )
         return self.wo(out.reshape(batch, seq_len, -1)), KVCache(k, v)

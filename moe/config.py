@@ -74,6 +74,8 @@ class ModelConfig(Section):
     the two). vocab_size None takes the tokenizer's, rounded up to a multiple of 64. init_std: of
     every matrix but the projections back into the residual stream, which are divided by
     sqrt(2 * num_layers). lm_z_loss_weight: on logsumexp(logits)^2 of the language-model head.
+    kernel_backend: which kernels run, `auto` (Triton on a GPU, PyTorch on a CPU), `triton` or
+    `torch`.
     """
 
     vocab_size: Count | None = None
@@ -84,6 +86,7 @@ class ModelConfig(Section):
     feed_forward: Literal["moe", "dense"] = "moe"
     init_std: Annotated[Real, Field(gt=0)] = 0.02
     lm_z_loss_weight: Annotated[Real, Field(ge=0)] = 0.0
+    kernel_backend: Literal["auto", "triton", "torch"] = "auto"
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
 
@@ -117,14 +120,14 @@ class ModelConfig(Section):
 
     @property
     def top_k(self) -> int:
-        """K, the router's."""
-        top_k = getattr(self.moe.router, "top_k", None)
-        if not isinstance(top_k, int):
+        """K, the router's; E where it sets no bound."""
+        if not hasattr(self.moe.router, "top_k"):
             raise ValueError(
                 f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
-                f"number of columns of its Routing"
+                f"number of columns of its Routing, or None for model.moe.num_experts"
             )
-        return top_k
+        top_k = self.moe.router.top_k
+        return self.moe.num_experts if top_k is None else top_k
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""

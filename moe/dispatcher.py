@@ -12,21 +12,23 @@ from kernels.dispatch import permute, plan_dispatch, unpermute
 from moe.routing import Routing
 
 
-def local_dispatch(experts: Any, x: Tensor, routing: Routing) -> Tensor:
+def local_dispatch(experts: Any, x: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
     """Send tokens to local experts and sum the results, weighted by the router.
 
     Args:
-        experts: a module `forward(rows, tokens_per_expert)`; where it has `fused(x, plan,
-            topk_weights)`, that does all three steps at once.
+        experts: a module as in `moe.variants`, always called as a module: sharding engines gather
+            its parameters in hooks of that call.
         x: (T, D).
         routing: of the same tokens.
+        backend: of the kernels.
     Returns:
         (T, D).
     """
-    num_experts = routing.router_logits.shape[-1]
+    num_experts, weights = routing.router_logits.shape[-1], routing.topk_weights
     plan = plan_dispatch(routing.topk_indices, num_experts)
-    if hasattr(experts, "fused"):
-        return experts.fused(x, plan, routing.topk_weights)
+    counts = plan.tokens_per_expert
+    if getattr(experts, "fuses_dispatch", False):
+        return experts(x, counts, plan=plan, topk_weights=weights, backend=backend)
     rows = permute(x, plan)  # (R, D)
-    rows = experts(rows, plan.tokens_per_expert)  # (R, D)
-    return unpermute(rows, plan, routing.topk_weights)
+    rows = experts(rows, counts, backend=backend)  # (R, D)
+    return unpermute(rows, plan, weights)

@@ -45,6 +45,7 @@ class MoELayer(nn.Module):
         nn.Module.__init__(self)
         moe = config.moe
         hidden = config.hidden_size
+        self.backend = config.kernel_backend
         self.router = load_variant("routers", moe.router.name).Router(
             moe.router, hidden, moe.num_experts
         )
@@ -67,7 +68,7 @@ class MoELayer(nn.Module):
 
     def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
         """Steps 2-4; an expert-parallel layer puts an all-to-all around it."""
-        return local_dispatch(self.experts, x, routing)
+        return local_dispatch(self.experts, x, routing, backend=self.backend)
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)

@@ -10,10 +10,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from moe.attention import CausalSelfAttention, KVCache, RMSNorm
 from moe.config import ModelConfig
 from moe.layer import DenseFeedForward, MoELayer, init_feed_forward
@@ -61,9 +62,10 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, moe_layer: type[MoELayer]):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = config.hidden_size, config.norm_eps, config.kernel_backend
+        self.attention_norm = RMSNorm(*norm)
         self.attention = CausalSelfAttention(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(*norm)
         self.feed_forward: nn.Module
         if config.is_moe_layer(layer):
             self.feed_forward = moe_layer(config)
@@ -89,6 +91,35 @@ class TransformerBlock(nn.Module):
         return x + flat.view_as(x), routing, cache
 
 
+class Head(nn.Module):
+    """The language-model head, weight (V, D): logits, or the loss without ever holding them.
+
+    The one place that reads its weight, by a call of the module: sharding engines gather parameters
+    in hooks of that call.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.z_loss_weight, self.backend = config.lm_z_loss_weight, config.kernel_backend
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, config.hidden_size))
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, *, need_logits: bool = True
+    ) -> tuple[Tensor | None, LinearCrossEntropy | None]:
+        """Logits (B, S, V) of x (B, S, D) if needed, and the loss of labels (B, S) if given."""
+        logits = F.linear(x, self.weight) if need_logits else None
+        if labels is None:
+            return logits, None
+        loss = linear_cross_entropy(
+            x.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            z_loss_weight=self.z_loss_weight,
+            backend=self.backend,
+        )
+        return logits, loss
+
+
 class MoETransformer(nn.Module):
     """The whole model. Builds on any device, `meta` included; `init_weights` fills it."""
 
@@ -102,8 +133,8 @@ class MoETransformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(config, layer, moe_layer) for layer in range(config.num_layers)
         )
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, config.kernel_backend)
+        self.head = Head(config, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -153,29 +184,48 @@ class MoETransformer(nn.Module):
             batch_shape=(input_ids.shape[0], input_ids.shape[1]),
             training=self.training,
             generator=generator,
+            backend=self.config.kernel_backend,
         )
         x = self.embedding(input_ids)  # (B, S, D)
+        x, routings, new_caches = self._run_blocks(
+            x, positions, context, document_ids, caches, keep_caches=labels is None
+        )
+        if need_logits is None:
+            need_logits = labels is None
+        logits, lm = self.head(self.final_norm(x), labels, need_logits=need_logits)
+        aux_losses = self._aux_losses(routings, context, totals)
+        output = ModelOutput(None, None, None, None, aux_losses, logits, routings, new_caches)
+        return output if lm is None else self._with_loss(output, lm, totals)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        context: RouterContext,
+        document_ids: Tensor | None,
+        caches: tuple[KVCache, ...] | None,
+        *,
+        keep_caches: bool,
+    ) -> tuple[Tensor, tuple[Routing, ...], tuple[KVCache, ...]]:
+        """All blocks, recomputed in the backward pass under activation checkpointing."""
         routings, new_caches = [], []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            arguments = (x, positions, context, document_ids, caches[layer] if caches else None)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            at = context._replace(layer=layer)
+            arguments = (x, positions, at, document_ids, caches[layer] if caches else None)
+            if recompute:
                 x, routing, cache = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, routing, cache = block(*arguments)
             if routing is not None:
                 routings.append(routing)
-            if labels is None:
+            # In training they would outlive the block, and undo what recomputation saves.
+            if keep_caches:
                 new_caches.append(cache)
-        x = self.final_norm(x)
-        logits = self.head(x) if need_logits or (labels is None and need_logits is None) else None
-        aux_losses = self._aux_losses(routings, context, totals)
-        output = ModelOutput(
-            *(None, None, None, None), aux_losses, logits, tuple(routings), tuple(new_caches)
-        )
-        return output if labels is None else self._with_loss(output, x, labels, totals)
+        return x, tuple(routings), tuple(new_caches)
 
     def _aux_losses(
-        self, routings: list[Routing], context: RouterContext, totals: BatchTotals | None
+        self, routings: tuple[Routing, ...], context: RouterContext, totals: BatchTotals | None
     ) -> tuple[Tensor, ...]:
         """Each configured loss, the mean over routed layers."""
         if not routings:
@@ -190,22 +240,18 @@ class MoETransformer(nn.Module):
         for config in self.config.moe.losses:
             compute = load_variant("losses", config.name).loss
             per_layer = [
-                compute(config, routing, LossContext(context, load))
-                for routing, load in zip(routings, counts, strict=True)
+                compute(config, routing, LossContext(context._replace(layer=layer), load))
+                for layer, routing, load in zip(
+                    self.config.moe_layers, routings, counts, strict=True
+                )
             ]
             values.append(torch.stack(per_layer).mean())
         return tuple(values)
 
     def _with_loss(
-        self, output: ModelOutput, x: Tensor, labels: Tensor, totals: BatchTotals | None
+        self, output: ModelOutput, lm: LinearCrossEntropy, totals: BatchTotals | None
     ) -> ModelOutput:
         """Add the losses; with totals, `loss` is this pass's share of the step's."""
-        lm = linear_cross_entropy(
-            x.flatten(0, 1),
-            self.head.weight,
-            labels.flatten(),
-            z_loss_weight=self.config.lm_z_loss_weight,
-        )
         loss = lm.loss
         aux_share: float | Tensor = 1.0
         if totals is not None:

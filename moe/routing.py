@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 class RouterContext(NamedTuple):
-    """What a router or a balancing loss may know of the tokens besides their hidden states.
+    """What a router or a balancing loss may know besides the tokens' hidden states.
 
     token_ids (T,) int64; document_ids (T,) int, unique within a sequence only; valid (T,) bool,
     False for padding, which counts nowhere, or None if every token is valid; batch_shape (B, S)
     with B*S = T; training: whether noise is allowed; generator: of the noise, None for PyTorch's
-    global one, which activation checkpointing replays.
+    global one, which activation checkpointing replays; layer: number of the block, from 0; backend:
+    of the kernels, `auto`, `triton` or `torch`.
     """
 
     token_ids: Tensor
@@ -26,6 +27,8 @@ class RouterContext(NamedTuple):
     batch_shape: tuple[int, int]
     training: bool
     generator: torch.Generator | None = None
+    layer: int = 0
+    backend: str = "auto"
 
 
 class Routing(NamedTuple):

@@ -5,11 +5,13 @@ name with a dot (`my_lab.sinkhorn`) is imported as it stands, so a private varia
 Each module has a `Config` (a `VariantConfig`) and the class or function that it switches on:
 
     routers   class Router(config, hidden_size, num_experts): forward(x, context) -> Routing;
-              Config has top_k, the K columns of its Routing (unused ones hold -1)
+              Config has top_k, the K columns of its Routing (unused ones hold -1), None for E;
+              the class says `causal` and `fixed_k`, and `learned = False` if it has no weights
     losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
-              forward(rows, tokens_per_expert) -> rows, where rows behind the last expert's are
-              unused; optionally fused(x, plan, topk_weights) -> (T, D), see `moe.dispatcher`
+              forward(rows, tokens_per_expert, backend=...) -> rows, where rows behind the last
+              expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,
+              plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`
 """
 
 import importlib
@@ -56,6 +58,11 @@ class VariantConfig(BaseModel):
     def label(self) -> str:
         """Its name in logs."""
         return self.name
+
+    @property
+    def needs_batch_counts(self) -> bool:
+        """Whether a loss must know the whole step's counts before the first backward pass."""
+        return False
 
 
 # What the module of a variant has, beside its Config.

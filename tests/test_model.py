@@ -1,6 +1,8 @@
 """Are the layer and the model the functions that they should be, from what weights they should?"""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from model_cases import tiny_config, tiny_model, tokens
 
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
-from moe.routing import RouterContext
-from moe.variants import load_variant
+from moe.routing import RouterContext, make_routing
+from moe.variants import VariantConfig, load_variant
 
 # --- the expert layer ---
 
@@ -84,8 +86,69 @@ def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch)
     layer = moe_layer()
     x = randn(30, 24, seed=9, dtype=torch.float64)
     fused, _ = layer(x, context(30))
-    monkeypatch.delattr(load_variant("experts", "swiglu").Experts, "fused")
+    monkeypatch.setattr(load_variant("experts", "swiglu").Experts, "fuses_dispatch", False)
     assert_equals(layer(x, context(30))[0], fused)
+
+
+def test_weights_are_read_only_inside_a_call_of_the_module_that_holds_them():
+    # As in ZeRO-3, which gathers a module's weights before its call and frees them behind it.
+    model = tiny_model(moe={"num_shared_experts": 1}, tie_embeddings=True)
+    ids = tokens(2, 16)
+    with torch.no_grad():
+        expected = model(ids, ids, need_logits=True)
+        real = {parameter: parameter.clone() for parameter in model.parameters()}
+
+        def gather(module, _args):
+            for parameter in module.parameters(recurse=False):
+                parameter.copy_(real[parameter])
+
+        def free(module, _args=None, _out=None):
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(torch.nan)
+
+        for module in model.modules():
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(free)
+            free(module)
+        found = model(ids, ids, need_logits=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+
+
+class EveryOtherExpert(torch.nn.Module):
+    """A router without weights, with a number of experts of each token's own, told by its layer."""
+
+    causal = True
+    fixed_k = False
+    learned = False
+
+    def __init__(self, config, hidden_size, num_experts):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x, context):
+        expert = torch.arange(self.num_experts).expand(len(x), -1)  # (T, E)
+        chosen = (expert + context.token_ids.unsqueeze(-1) + context.layer) % 2 == 0
+        weights = chosen / chosen.sum(-1, keepdim=True)
+        logits = torch.zeros(len(x), self.num_experts)
+        return make_routing(logits, logits.softmax(-1), weights, expert.where(chosen, -1), None)
+
+
+def test_a_router_may_have_no_weights_and_no_fixed_number_of_experts(monkeypatch):
+    class Config(VariantConfig):
+        top_k: int | None = None
+
+    module = types.SimpleNamespace(Config=Config, Router=EveryOtherExpert)
+    monkeypatch.setitem(sys.modules, "my_lab.every_other", module)
+    monkeypatch.setitem(sys.modules, "my_lab", types.SimpleNamespace())
+    model = tiny_model(moe={"router": {"name": "my_lab.every_other"}, "num_experts": 6})
+    assert model.config.top_k == 6
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    out = model(ids, ids)
+    assert [r.tokens_per_expert.tolist() for r in out.routings] == [[8, 0] * 3, [0, 8] * 3]
+    out.loss.backward()
+    grad = model.blocks[0].feed_forward.experts.w1.grad
+    assert [bool(g.any()) for g in grad] == [True, False] * 3
 
 
 # --- initialisation ---

@@ -72,12 +72,16 @@ def test_record_is_complete_and_counts_what_it_holds(name, settings, with_paddin
     if valid is not None:
         assert (indices[~valid] == -1).all()
     # No expert twice for one token.
-    assert all(len(set(row)) == len(row) for row in indices[indices[:, 0] >= 0].tolist())
+    chosen = [[e for e in row if e >= 0] for row in indices.tolist()]
+    assert all(len(set(row)) == len(row) for row in chosen)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_gradient_reaches_every_parameter_and_the_tokens(name, settings):
     router = build(name, settings)
+    if not getattr(router, "learned", True):
+        assert not list(router.parameters())
+        pytest.skip("has no weights")
     x = randn(T, D, seed=9).requires_grad_()
     weights = router(x, context()).topk_weights
     (weights * randn(*weights.shape, seed=5)).sum().backward()

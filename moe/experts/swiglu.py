@@ -28,6 +28,8 @@ class Config(VariantConfig):
 class Experts(nn.Module):
     """E SwiGLU networks D -> F -> D."""
 
+    fuses_dispatch = True
+
     def __init__(self, config: Config, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.config = config
@@ -35,28 +37,31 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Apply one expert to each row: (R, D) sorted by expert, with (E,) counts -> (R, D)."""
-        offsets = F.pad(tokens_per_expert.cumsum(0), (1, 0))
-        return swiglu_experts_sorted(
-            rows,
-            self.w1,
-            self.w2,
-            self.w3,
-            offsets,
-            clamp=self.config.clamp,
-            save=self.config.save,
-        )
+    def forward(
+        self,
+        x: Tensor,
+        tokens_per_expert: Tensor,
+        *,
+        plan: DispatchPlan | None = None,
+        topk_weights: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Apply one expert to each row; with a plan, gather and sum as well, in one kernel.
 
-    def fused(self, x: Tensor, plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
-        """Gather, experts and weighted sum in one kernel: (T, D) -> (T, D)."""
+        Args:
+            x: (R, D) rows sorted by expert, with (E,) counts; with a plan (T, D) tokens.
+            plan, topk_weights: of the tokens, the latter (T, K).
+        Returns:
+            (R, D); with a plan (T, D).
+        """
+        weights = self.w1, self.w2, self.w3
+        clamp, save = self.config.clamp, self.config.save
+        if plan is None:
+            offsets = F.pad(tokens_per_expert.cumsum(0), (1, 0))
+            return swiglu_experts_sorted(
+                x, *weights, offsets, clamp=clamp, save=save, backend=backend
+            )
+        assert topk_weights is not None
         return swiglu_experts(
-            x,
-            self.w1,
-            self.w2,
-            self.w3,
-            plan,
-            topk_weights,
-            clamp=self.config.clamp,
-            save=self.config.save,
+            x, *weights, plan, topk_weights, clamp=clamp, save=save, backend=backend
         )

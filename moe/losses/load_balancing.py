@@ -51,6 +51,11 @@ class Config(VariantConfig):
         """Its name in logs, which says where the value is an approximation."""
         return f"{self.name}_approximate" if self.accumulation == "running" else self.name
 
+    @property
+    def needs_batch_counts(self) -> bool:
+        """Whether the whole step's counts must be known before the first backward pass."""
+        return self.scope == "global_batch" and self.accumulation == "exact"
+
 
 def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
     """One layer's loss, () float32."""

@@ -82,6 +82,7 @@ class Router(nn.Module):
             score=config.score,
             normalize=config.normalize,
             bias=self.expert_bias if config.bias_update_rate > 0 else None,
+            backend=context.backend,
         )
         return make_routing(
             router_logits,
