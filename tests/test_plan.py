@@ -12,7 +12,8 @@ from training_cases import checkpoint, make_config, make_engine, micro_batches, 
 import train.plan
 from train.config import RunConfig
 from train.engine import PlainEngine
-from train.plan import Plan, check_memory, format_count, make_plan
+from train.errors import OutOfMemoryError
+from train.plan import Plan, check_memory, format_count, make_plan, memory_errors
 from train.run_directory import format_bytes
 
 # Large enough that scalars and indices do not weigh.
@@ -139,8 +140,75 @@ def test_what_cannot_fit_is_refused_and_what_can_is_not(tmp_path, monkeypatch):
         if fits:
             check_memory(plan, "cpu")
         else:
-            with pytest.raises(MemoryError, match=r"need 291\.8 KiB, cpu has 291\.7 KiB"):
+            with pytest.raises(OutOfMemoryError, match=r"need 291\.8 KiB, cpu has 291\.7 KiB") as e:
                 check_memory(plan, "cpu")
+            assert "smaller model than 18.67 k parameters: lower model.hidden_size" in str(e.value)
+            assert str(e.value).endswith("the batch does not matter")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "not_named"),
+    [
+        (
+            {"training.micro_batch_size": 2},
+            ["lower training.micro_batch_size (2) to 1", "training.seq_len (64)"],
+            ["model.hidden_size"],
+        ),
+        (
+            {"training.micro_batch_size": 1, "training.activation_checkpointing": True}
+            | {"training.seq_len": 4096, "training.batch_size": 1, "evaluation.batch_size": 3},
+            ["lower training.seq_len (4096)", "evaluation.batch_size (3)"],
+            ["micro_batch_size", "activation_checkpointing"],
+        ),
+        (
+            {"model.moe": {"num_experts": 512, "intermediate_size": 96}},
+            ["model.moe.num_experts", "than 28.50 M parameters"],
+            ["micro_batch_size", "seq_len", "vocab_size"],
+        ),
+        (
+            {"model.vocab_size": 2**20, "training.seq_len": 4, "training.batch_size": 4},
+            ["tokenizer.vocab_size"],
+            ["micro_batch_size"],
+        ),
+    ],
+)
+def test_out_of_memory_names_the_settings_that_decide(tmp_path, changes, named, not_named):
+    config = make_config(tmp_path, WIDE | changes)
+    if "model.vocab_size" in changes:
+        vocabulary = config.model.model_copy(update={"vocab_size": changes["model.vocab_size"]})
+        config = config.model_copy(update={"model": vocabulary})
+    plan = plan_of(config)
+    if "training.micro_batch_size" in changes:
+        # Of a small model, which leaves the activations as the larger part.
+        plan = plan._replace(weight_bytes=0, gradient_bytes=0, optimizer_bytes=0)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    with pytest.raises(OutOfMemoryError) as caught, memory_errors(plan, config, config.model):
+        raise error
+    line = str(caught.value)
+    assert caught.value.exit_code == 8 and caught.value.__cause__ is error and "\n" not in line
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 2 GiB); by the pl")
+    assert format_bytes(plan.activation_bytes) in line and format_bytes(plan.state_bytes) in line
+    assert all(text in line for text in named), line
+    assert not any(text in line for text in not_named), line
+
+
+def test_what_recomputation_would_keep_is_what_its_plan_says(tmp_path):
+    config = make_config(tmp_path, WIDE | {"training.micro_batch_size": 8})
+    again = make_config(tmp_path, WIDE | {"training.activation_checkpointing": True})
+    again = again.model_copy(
+        update={"training": again.training.model_copy(update={"micro_batch_size": 8})}
+    )
+    kept = format_bytes(plan_of(again).activation_bytes)
+    refused = pytest.raises(OutOfMemoryError, match=f"true, which keeps {kept}")
+    with refused, memory_errors(plan_of(config), config, config.model):
+        torch.empty(2**50)
+
+
+def test_other_errors_pass_through(tmp_path):
+    config = make_config(tmp_path)
+    passed = pytest.raises(RuntimeError, match=r"^a fault of ours$")
+    with passed, memory_errors(plan_of(config), config, config.model):
+        raise RuntimeError("a fault of ours")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What a user can cause, and the exit code that each cause ends the program with.
 
-0 ok, 2 configuration (also a locked run directory or a refused resume), 3 data, 4 corrupt
-checkpoint, 5 non-finite loss or gradient, 7 no space left, 8 out of memory, 130 Ctrl-C (saved),
-143 SIGTERM (saved).
+0 ok, 1 a fault of the program's own (with a traceback), 2 configuration (also a locked run
+directory or a refused resume), 3 data, 4 corrupt checkpoint, 5 non-finite loss or gradient, 7 no
+space left, 8 out of memory, 130 Ctrl-C (saved), 141 the reader of the output went away, 143 SIGTERM
+(saved).
 """
 
 
@@ -40,3 +41,9 @@ class NoSpaceError(RunError):
     """The disk is full; checkpoints that were complete stay intact."""
 
     exit_code = 7
+
+
+class OutOfMemoryError(RunError, MemoryError):
+    """The run needs more memory than there is; the message names the settings that decide it."""
+
+    exit_code = 8

@@ -147,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         print(text)
         return 0
 
-    return guarded(program)
+    return guarded(
+        program, "shorten --prompt and --max-new-tokens, or take a machine with more memory"
+    )
 
 
 if __name__ == "__main__":

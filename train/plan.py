@@ -1,6 +1,8 @@
 """What will a run cost? Sizes, FLOPs and memory of a config, computed without training."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,8 @@ from kernels.grouped_matmul import row_quantum
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
 from train.config import RunConfig
+from train.errors import OutOfMemoryError
+from train.program import first_line, is_out_of_memory
 from train.run_directory import format_bytes
 
 _FLOAT32 = 4
@@ -18,7 +22,7 @@ _KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 3}
 
 
 class Plan(NamedTuple):
-    """parameters as counted by `moe.model`; bytes by part; tokens over the whole run."""
+    """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -29,6 +33,12 @@ class Plan(NamedTuple):
     checkpoint_bytes: int
     tokens_per_step: int
     num_steps: int
+    compute_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients and moments: however large the batch is."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def tokens(self) -> int:
@@ -56,6 +66,7 @@ def make_plan(config: RunConfig, model_config: ModelConfig, compute_bytes: int) 
         checkpoint_bytes=3 * _FLOAT32 * count.total,
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
+        compute_bytes=compute_bytes,
     )
 
 
@@ -63,18 +74,79 @@ def check_memory(plan: Plan, device: str) -> None:
     """Refuse what cannot fit: the system would end a run that outgrows it without a word.
 
     Raises:
-        MemoryError: if weights, gradients and moments alone need more than the machine has.
+        OutOfMemoryError: if weights, gradients and moments alone need more than the machine has.
     """
     if device == "cuda":
         available = torch.cuda.mem_get_info()[1]
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = plan.weight_bytes + plan.gradient_bytes + plan.optimizer_bytes
-    if needed > available:
-        raise MemoryError(
-            f"weights, gradients and optimizer need {format_bytes(needed)}, {device} has "
-            f"{format_bytes(available)}"
+    if plan.state_bytes > available:
+        raise OutOfMemoryError(
+            f"out of memory (weights, gradients and optimizer need "
+            f"{format_bytes(plan.state_bytes)}, {device} has {format_bytes(available)}); "
+            f"{_smaller_model(plan)}; the batch does not matter"
         )
+
+
+@contextmanager
+def memory_errors(plan: Plan, config: RunConfig, model: ModelConfig) -> Iterator[None]:
+    """Give an out-of-memory error of the block the plan's numbers, and the settings that decide.
+
+    Args:
+        model: the one of the plan, with its vocab_size known.
+    Raises:
+        OutOfMemoryError: in place of what Python, the system or PyTorch raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        needs = (
+            f"by the plan, activations need {format_bytes(plan.activation_bytes)}, weights, "
+            f"gradients and optimizer {format_bytes(plan.state_bytes)}"
+        )
+        # What is a fifth of all or less would not help; of the rest, the larger part first.
+        parts = [
+            (plan.activation_bytes, _fewer_activations(plan, config, model)),
+            (plan.state_bytes, _smaller_model(plan)),
+        ]
+        total = sum(size for size, _ in parts)
+        way_out = "; or ".join(way for size, way in sorted(parts, reverse=True) if 5 * size > total)
+        cause = f"out of memory ({first_line(error)})"
+        raise OutOfMemoryError(f"{cause}; {needs}: {way_out}") from error
+
+
+def _smaller_model(plan: Plan) -> str:
+    advice = (
+        f"choose a smaller model than {format_count(plan.parameters.total)} parameters: lower "
+        "model.hidden_size, model.num_layers, model.moe.num_experts or model.moe.intermediate_size"
+    )
+    if 2 * plan.parameters.embedding > plan.parameters.total:
+        advice += ", or above all the vocabulary (tokenizer.vocab_size, model.tie_embeddings: true)"
+    return advice
+
+
+def _fewer_activations(plan: Plan, config: RunConfig, model: ModelConfig) -> str:
+    training, size = config.training, config.micro_batch_size
+    ways = []
+    if size > 1:
+        half = next(n for n in range(size // 2, 0, -1) if training.batch_size % n == 0)
+        ways.append(f"lower training.micro_batch_size ({size}) to {half}, at the same batch")
+    if not training.activation_checkpointing:
+        again = training.model_copy(update={"activation_checkpointing": True})
+        kept = activation_bytes(
+            config.model_copy(update={"training": again}), model, plan.compute_bytes
+        )
+        ways.append(
+            f"set training.activation_checkpointing: true, which keeps {format_bytes(kept)}"
+        )
+    ways.append(f"lower training.seq_len ({training.seq_len})")
+    if config.evaluation.batch_size > size:
+        ways.append(
+            f"during an evaluation, lower evaluation.batch_size ({config.evaluation.batch_size})"
+        )
+    return "; or ".join(ways)
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
@@ -165,7 +237,6 @@ def format_count(count: float) -> str:
 def describe_plan(plan: Plan) -> str:
     """A table for a person."""
     parameters = plan.parameters
-    in_use = plan.weight_bytes + plan.gradient_bytes + plan.optimizer_bytes + plan.activation_bytes
     rows = [
         ("parameters, total", format_count(parameters.total)),
         ("parameters, active a token", format_count(parameters.active)),
@@ -176,7 +247,7 @@ def describe_plan(plan: Plan) -> str:
         ("memory: gradients", format_bytes(plan.gradient_bytes)),
         ("memory: optimizer", format_bytes(plan.optimizer_bytes)),
         ("memory: activations of a micro-batch", format_bytes(plan.activation_bytes)),
-        ("memory: together", format_bytes(in_use)),
+        ("memory: together", format_bytes(plan.state_bytes + plan.activation_bytes)),
         ("disk a checkpoint", format_bytes(plan.checkpoint_bytes)),
         ("tokens a step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.num_steps:,}"),

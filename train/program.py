@@ -6,14 +6,21 @@ from collections.abc import Callable
 
 import torch
 
-from train.errors import NoSpaceError, RunError
+from train.errors import NoSpaceError, OutOfMemoryError, RunError
 from train.run_directory import FULL
 
-OUT_OF_MEMORY = 8
+_TRAINING_ADVICE = (
+    "lower training.micro_batch_size or training.seq_len, set training.activation_checkpointing: "
+    "true or choose a smaller model (--dry-run shows what takes how much)"
+)
 
 
-def guarded(program: Callable[[], int]) -> int:
-    """Run a program; what a user can cause becomes a message and an exit code, not a traceback."""
+def guarded(program: Callable[[], int], memory_advice: str = _TRAINING_ADVICE) -> int:
+    """Run a program; what a user can cause becomes a message and an exit code, not a traceback.
+
+    Args: memory_advice: the way out where memory ran out and no plan was at hand to name it
+        (`train.plan.memory_errors`).
+    """
     try:
         code = program()
         # While an error can still be handled; Python flushes again, and complains, at exit.
@@ -35,14 +42,13 @@ def guarded(program: Callable[[], int]) -> int:
             return NoSpaceError.exit_code
         if not is_out_of_memory(error):
             raise
-        first_line = str(error).splitlines()[0] if str(error) else "MemoryError"
-        print(
-            f"error: out of memory ({first_line}); lower training.micro_batch_size, set "
-            f"training.activation_checkpointing: true or choose a smaller model (--dry-run shows "
-            f"what takes how much)",
-            file=sys.stderr,
-        )
-        return OUT_OF_MEMORY
+        print(f"error: out of memory ({first_line(error)}); {memory_advice}", file=sys.stderr)
+        return OutOfMemoryError.exit_code
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def is_out_of_memory(error: Exception) -> bool:
