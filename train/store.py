@@ -7,6 +7,7 @@ entry and the SHA-256 of each of its files; a reader verifies them, and a damage
 again.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from train.errors import DataError, NoSpaceError, RunError
+from train.run_directory import MANIFEST, remove_tree
+
 _TEMPORARY = ".tmp-"
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,12 @@ def file_sha256(path: Path) -> str:
 def key_of(*parts: Any) -> str:
     """SHA-256 of values that JSON can hold: the name of what is made from them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error is a full disk, a used-up quota or a limit on a file's size."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return getattr(error, "errno", None) in full or "No space left" in str(error)
 
 
 @contextmanager
@@ -50,8 +59,9 @@ def new_entry(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         files = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
         text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
+        # It may also be a file, or a link to nothing.
+        if os.path.lexists(path):
+            remove_tree(path)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -90,3 +100,39 @@ def locked(cache_dir: Path) -> Iterator[None]:
         for left in cache_dir.glob(f"*/{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+@contextmanager
+def opened_cache(cache_dir: Path) -> Iterator[None]:
+    """The cache for us alone, made if need be, and the disk errors of the block as one line.
+
+    Raises:
+        NoSpaceError: if the disk is full.
+        DataError: any other OSError, blamed on the cache only if it is about a path in it.
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir):
+            yield
+    except OSError as error:
+        raise _explain(error, cache_dir) from error
+
+
+def _explain(error: OSError, cache_dir: Path) -> RunError:
+    if disk_is_full(error):
+        return NoSpaceError(
+            f"data.cache_dir ({cache_dir}): no space left on the disk; free some, or point it to "
+            f"another disk"
+        )
+    reason = error.strerror or str(error)
+    if isinstance(error.filename, str | os.PathLike):
+        failed, cache = Path(os.path.abspath(error.filename)), Path(os.path.abspath(cache_dir))
+        if not failed.is_relative_to(cache) and not cache.is_relative_to(failed):
+            return DataError(
+                f"{failed} cannot be used for the data: {reason}; make it readable, or leave out "
+                f"the domain that needs it"
+            )
+        reason = f"{error.filename}: {reason}"
+    return DataError(
+        f"data.cache_dir ({cache_dir}) cannot be used: {reason}; needs a folder that can be written"
+    )
