@@ -1,6 +1,7 @@
 """Does text survive tokenisation, and is a broken tokenizer one clear line?"""
 
 import json
+import os
 
 import pytest
 from pydantic import ValidationError
@@ -142,12 +143,33 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path, content):
     assert "\n" not in message and f"tokenizer.file ({path})" in message
 
 
+def test_a_pipe_for_a_tokenizer_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"tokenizer\.file .*no regular file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_null_vocab_size_is_the_default():
+    assert TokenizerConfig(kind="bytes", vocab_size=None) == TokenizerConfig(kind="bytes")
+    assert TokenizerConfig(vocab_size=None).vocab_size == TokenizerConfig().vocab_size
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "bytes", "file": "x.json"}, "has no effect with kind: bytes"),
-        ({"kind": "bytes", "vocab_size": 512}, "has no effect with kind: bytes"),
-        ({"file": "x.json", "vocab_size": 512}, "has no effect with file"),
+        (
+            {"kind": "bytes", "file": "x.json"},
+            r"tokenizer\.file \(x\.json\) has no effect with tokenizer\.kind: bytes; leave",
+        ),
+        (
+            {"kind": "bytes", "vocab_size": 512},
+            r"tokenizer\.vocab_size \(512\) has no effect with tokenizer\.kind: bytes; .* null",
+        ),
+        (
+            {"file": "x.json", "vocab_size": 512},
+            r"tokenizer\.vocab_size \(512\) has no effect with tokenizer\.file",
+        ),
+        ({"file": ""}, "at least 1 character"),
         ({"vocab_size": 100}, "258"),
         ({"vocabulary": 512}, "vocabulary"),
     ],

@@ -40,22 +40,34 @@ _TRAINER_VERSION = 1
 
 class TokenizerConfig(Section):
     """file: any tokenizer.json; without it a byte-level BPE of `vocab_size` is trained on the
-    training text. kind `bytes`: the 256 bytes and two special tokens, nothing to train."""
+    training text. kind `bytes`: the 256 bytes and two special tokens, nothing to train.
 
-    file: str | None = None
+    vocab_size null is the default: what a command line says that changes the kind of a file which
+    has a vocab_size."""
+
+    file: Annotated[str, Field(min_length=1)] | None = None
     vocab_size: Annotated[Count, Field(ge=_SMALLEST_VOCAB_SIZE, le=1_000_000)] = _DEFAULT_VOCAB_SIZE
     kind: Literal["bpe", "bytes"] = "bpe"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("vocab_size", 0) is None:
+            return {key: value for key, value in values.items() if key != "vocab_size"}
+        return values
 
     @model_validator(mode="after")
     def _every_setting_counts(self) -> "TokenizerConfig":
         if self.kind == "bytes" and self.file:
             raise ValueError(
-                f"file ({self.file}) has no effect with kind: bytes; remove one of them"
+                f"tokenizer.file ({self.file}) has no effect with tokenizer.kind: bytes; leave one "
+                f"of them out"
             )
         if (self.file or self.kind == "bytes") and self.vocab_size != _DEFAULT_VOCAB_SIZE:
-            cause = "file" if self.file else "kind: bytes"
+            cause = "tokenizer.file" if self.file else "tokenizer.kind: bytes"
             raise ValueError(
-                f"vocab_size ({self.vocab_size}) has no effect with {cause}; remove it"
+                f"tokenizer.vocab_size ({self.vocab_size}) has no effect with {cause}; leave it "
+                f"out or set it to null"
             )
         return self
 
@@ -170,8 +182,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         DataError: one line that names the file.
     """
     try:
+        # Never a pipe: opening one waits for its writer.
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    # A path with a NUL and bytes that are not UTF-8 are ValueErrors.
+    except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer.file ({path}) cannot be read ({error}); give a tokenizer.json, or leave it "
             f"out to train one"
@@ -249,7 +265,7 @@ def tokenizer_for(
         DataError: if `tokenizer.file` is missing or corrupt.
     """
     if config.file:
-        return load_tokenizer(Path(config.file).expanduser())
+        return load_tokenizer(Path(os.path.expanduser(config.file)))
     if config.kind == "bytes":
         return ByteTokenizer()
     key = key_of("bpe", _TRAINER_VERSION, config.vocab_size, sample_key)
