@@ -23,12 +23,13 @@ def corpus_config(cache: Path, cap: int = 200_000) -> DataConfig:
     return DataConfig(cache_dir=str(cache), domains=domains, max_bytes_per_domain=cap)
 
 
-def prepare(tmp_path, *files, tokenizer=BYTES, **settings) -> PreparedData:
+def prepare(tmp_path, *files, tokenizer=BYTES, invalid_utf8="stop", **settings) -> PreparedData:
     """One domain per argument, each a path, or a list of paths."""
     domains = [
         {
             "name": f"d{index}",
             "files": [str(f) for f in (part if isinstance(part, list) else [part])],
+            "invalid_utf8": invalid_utf8,
         }
         for index, part in enumerate(files)
     ]
@@ -55,6 +56,11 @@ def documents_of(data: PreparedData, domain: str, split: str) -> list[str]:
     assert len(tokens) == 0 or ends[-1] == len(tokens) - 1
     parts = np.split(tokens, ends + 1)[:-1]
     return [data.tokenizer.decode(part.tolist()) for part in parts]
+
+
+def all_documents(data: PreparedData, domain: str = "d0") -> list[str]:
+    """Texts of both sides, sorted."""
+    return sorted(documents_of(data, domain, "train") + documents_of(data, domain, "validation"))
 
 
 def synthetic(lengths: dict[str, int], weights=None) -> SimpleNamespace:

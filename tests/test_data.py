@@ -1,5 +1,7 @@
 """Which documents are read, on which side are they, and what is known about them?"""
 
+import gzip
+import json
 import math
 from collections import Counter
 
@@ -8,14 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from data_cases import BYTES, documents_of, equal, prepare, stream_of, write_texts
+from data_cases import BYTES, all_documents, documents_of, equal, prepare, stream_of, write_texts
 
 from train import data as data_module
 from train import token_files
 from train.corpus import DOMAINS, NO_DOWNLOAD_DOMAINS
 from train.data import DataConfig, describe, prepare_data
 from train.documents import select_documents
-from train.sources import Source
+from train.readers import Source
 from train.tokenizer import ByteTokenizer, TokenizerConfig
 
 pytest_plugins = ["data_fixtures"]
@@ -129,32 +131,95 @@ def test_one_big_text_file_is_cut_at_line_ends(tmp_path):
     train, validation = (documents_of(data, "d0", split) for split in token_files.SPLITS)
     assert train and validation
     assert all(piece.endswith("\n") and len(piece) < 40_000 for piece in train + validation)
+    # An empty file beside it does not make it two documents.
+    (tmp_path / "empty.txt").touch()
+    beside = prepare(tmp_path, [tmp_path / "big.txt", tmp_path / "empty.txt"])
+    assert documents_of(beside, "d0", "validation") == validation
     assert sorted("".join(train + validation).splitlines()) == sorted(text.splitlines())
 
 
-def test_empty_repeated_and_broken_documents_are_counted_and_named(tmp_path):
-    texts = ["one", "", " \n", "two", "one", "three"]
-    files = write_texts(tmp_path / "in", texts)
-    files[3].write_bytes(b"tw\xffo \xea\xb0")
+def test_empty_and_repeated_documents_are_counted_and_named(tmp_path):
+    files = write_texts(tmp_path / "in", ["one", "", " \n", "two", "one", "three"])
     data = prepare(tmp_path, files)
-    documents = documents_of(data, "d0", "train") + documents_of(data, "d0", "validation")
-    assert sorted(documents) == ["one", "three", "tw\ufffdo \ufffd"]
-    assert "d0: skipped 2 empty documents" in data.notes
-    assert "d0: skipped 1 repeated documents" in data.notes
-    assert f"d0: replaced invalid UTF-8 in 1 files: {files[3]}" in data.notes
+    assert all_documents(data) == ["one", "three", "two"]
+    assert data.notes == ("d0: skipped 2 empty documents", "d0: skipped 1 repeated documents")
 
 
-def test_invalid_utf8_in_json_is_replaced_and_named(tmp_path):
+def test_invalid_utf8_is_replaced_and_named_where_the_config_allows_it(tmp_path):
+    plain = write_texts(tmp_path / "in", ["one", "two words"])
+    plain[1].write_bytes(b"two\xff words \xea\xb0")
+    lines, packed = tmp_path / "a.jsonl", tmp_path / "a.txt.gz"
+    lines.write_bytes(b'{"text": "a text \xff"}\n{"text": "half: \\ud800"}\n')
+    packed.write_bytes(gzip.compress(b"caf\xe9 au lait"))
+    for files, expected, broken in (
+        (plain, ["one", "two\ufffd words \ufffd"], plain[1]),
+        (lines, ["a text \ufffd", "half: \ufffd"], lines),
+        (packed, ["caf\ufffd au lait"], packed),
+    ):
+        data = prepare(tmp_path, files, invalid_utf8="replace")
+        assert all_documents(data) == expected
+        assert f"d0: replaced invalid UTF-8 in 1 files: {broken}" in data.notes
+
+
+def test_a_character_that_stands_for_a_broken_one_is_no_damage(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufffd\ufffd", encoding="utf-8")
+    data = prepare(tmp_path, path, invalid_utf8="replace")
+    assert all_documents(data) == ["\ufffd\ufffd"] and "replaced" not in "".join(data.notes)
+
+
+def test_rows_without_text_are_left_out_and_named_as_what_they_are(tmp_path):
+    rows = ["good", "also", None, 3, ["x"], "more", None, "rest", "last"]
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a\xff"}\n{"text": "b"}\n')
+    lines = [json.dumps({"id": 1, "text": row}) for row in rows]
+    path.write_text("\n".join([*lines, "", '{"id": 2}', '{"text": "end"}']), encoding="utf-8")
     data = prepare(tmp_path, path)
-    documents = documents_of(data, "d0", "train") + documents_of(data, "d0", "validation")
-    assert sorted(documents) == ["a\ufffd", "b"]
-    assert f"d0: replaced invalid UTF-8 in 1 files: {path}" in data.notes
+    assert all_documents(data) == ["also", "end", "good", "last", "more", "rest"]
+    assert data.notes == (
+        f"d0: left out rows of {path} without text in text: 3 with nothing (first: line 3), "
+        "1 with a number (first: line 4), 1 with a list (first: line 5)",
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
+    (note,) = prepare(tmp_path, tmp_path / "a.parquet").notes
+    assert note.endswith("1 with nothing (first: row 2)")
 
 
-def test_a_name_with_brackets_is_a_name(tmp_path):
-    path = tmp_path / "a[1].txt"
+def test_text_that_begins_late_in_a_file_is_found(tmp_path):
+    # A reader that takes the columns from the first rows would see none.
+    rows = [{"id": i} for i in range(20)] + [{"text": f"text {i}"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert len(all_documents(prepare(tmp_path, tmp_path / "a.jsonl"))) == 30
+
+
+def test_a_json_file_may_be_one_list(tmp_path):
+    rows = [{"text": "a"}, {"text": "b"}, {"text": None}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    data = prepare(tmp_path, tmp_path / "a.json")
+    assert all_documents(data) == ["a", "b"]
+    assert data.notes[0].endswith("1 with nothing (first: entry 3)")
+
+
+def test_line_ends_become_newlines_and_a_byte_order_mark_goes(tmp_path):
+    mark = "\ufeff".encode()
+    (tmp_path / "a.txt").write_bytes(mark + b"a\r\nb\r\n")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(mark + b"c\r\nd"))
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "e\\r\\nf"}\r\n{"text": "g"}\r\n')
+    data = prepare(tmp_path, [tmp_path / name for name in ("a.txt", "a.txt.gz", "a.jsonl")])
+    assert all_documents(data) == ["a\nb\n", "c\nd", "e\r\nf", "g"]
+
+
+def test_a_file_that_is_reached_twice_is_read_once(tmp_path):
+    (path,) = write_texts(tmp_path / "in", ["text"])
+    (tmp_path / "in" / "link.txt").symlink_to(path)
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    data = prepare(tmp_path, [tmp_path / "in" / "**" / "*.txt", path])
+    assert all_documents(data) == ["text"]
+    assert data.notes == ("d0: one short document only, all of it for training",)
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "a::b.txt", "한글 *.txt", "README.md", "a.jsonl.txt"])
+def test_a_name_is_a_name_and_no_pattern_or_address(tmp_path, name):
+    path = tmp_path / name
     path.write_text("text", encoding="utf-8")
     assert documents_of(prepare(tmp_path, path), "d0", "train") == ["text"]
 
@@ -221,9 +286,9 @@ def test_a_big_vocabulary_takes_four_bytes():
 
 def test_selection_counts_each_text_once(tmp_path):
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "a", None]}), path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "a", " "]}), path)
     source = Source("s", "data.domains.0", (path,), "text", "0")
-    selection = select_documents(source, tmp_path, None, 0.5, progress=False)
+    selection = select_documents(source, None, 0.5, progress=False)
     assert len(selection.train) == len(selection.validation) == 1
     assert set(selection.notes) == {
         "s: skipped 1 empty documents",

@@ -1,5 +1,6 @@
 """Is data prepared once, and is nothing half-written or damaged ever trusted?"""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,9 @@ def test_the_fingerprint_follows_text_tokenizer_and_names_but_not_weights(tmp_pa
     assert len({first, *others}) == 4
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "no file", "no manifest", "bad manifest", "a file in its place"]
+)
 def test_a_damaged_token_file_is_found_and_made_again(tmp_path, damage, caplog):
     files = write_texts(tmp_path / "in", [f"text {i}" for i in range(30)])
     before = prepare(tmp_path, files).fingerprint
@@ -56,6 +59,9 @@ def test_a_damaged_token_file_is_found_and_made_again(tmp_path, damage, caplog):
         path.write_bytes(content)
     elif damage == "cut":
         path.write_bytes(content[:-2])
+    elif damage == "a file in its place":
+        shutil.rmtree(entry)
+        entry.touch()
     elif damage == "bad manifest":
         manifest.write_text("{", encoding="utf-8")
     else:

@@ -2,6 +2,7 @@
 quickly.
 
     sources.py      the files of a domain; corpus.py and corpus_domains.py, the default ones
+    readers.py      the documents that a file holds, and what is refused in it
     documents.py    which documents a domain consists of, and which are validation
     tokenizer.py    text to token ids
     token_files.py  tokens on disk
@@ -11,10 +12,9 @@ quickly.
 """
 
 import argparse
-import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,16 +24,25 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moe.config import Count, Real, Section
-from train.corpus import DEFAULT_DOMAINS, DOMAINS, Corpus, DomainUnavailable
+from train.corpus import DEFAULT_DOMAINS, DOMAINS, Corpus, DomainUnavailable, root_of
+from train.corpus_domains import OnDisk
 from train.documents import Selection, read_selected, select_documents, take_documents
-from train.errors import DataError, NoSpaceError, RunError
-from train.packing import Batch, TrainLoader, pack
-from train.sources import DomainConfig, Source, find_source
-from train.store import key_of, locked
+from train.errors import DataError, RunError
+from train.packing import CYCLE, Batch, TrainLoader, pack
+from train.sources import DomainConfig, PathText, Source, check_local, find_source
+from train.store import key_of, opened_cache
 from train.token_files import DomainTokens, open_tokens, write_tokens
-from train.tokenizer import Tokenizer, TokenizerConfig, tokenizer_for
+from train.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_for
 
-__all__ = ["Batch", "DataConfig", "DomainConfig", "PreparedData", "TrainLoader", "prepare_data"]
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "DomainConfig",
+    "PreparedData",
+    "TrainLoader",
+    "check_sources",
+    "prepare_data",
+]
 
 # A BPE learns nothing more from more text than this; every domain has an equal part in it.
 _TOKENIZER_SAMPLE_BYTES = 16_000_000
@@ -50,7 +59,7 @@ class DataConfig(Section):
     stops the run. Local files that are missing always stop it.
     """
 
-    cache_dir: Annotated[str, Field(min_length=1)] = "data"
+    cache_dir: PathText = "data"
     domains: tuple[DomainConfig, ...] = tuple(
         DomainConfig(name=name, corpus=name) for name in DEFAULT_DOMAINS
     )
@@ -60,13 +69,23 @@ class DataConfig(Section):
     skip_missing: bool = True
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> "DataConfig":
-        names = [domain.name for domain in self.domains]
-        if not names:
-            raise ValueError("domains is empty; give at least one domain")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"domains has two of the name {', '.join(twice)}; rename one")
+    def _domains_make_sense(self) -> "DataConfig":
+        problems: list[str] = []
+        first: dict[str, str] = {}
+        # Each domain has at least one slot of the mixture's cycle.
+        if not 1 <= len(self.domains) <= CYCLE:
+            problems.append(f"data.domains ({len(self.domains)}) needs 1 to {CYCLE} domains")
+        for index, domain in enumerate(self.domains):
+            setting = f"data.domains.{index}"
+            problems += domain.problems(setting)
+            if domain.name in first:
+                problems.append(
+                    f"{setting}.name ({domain.name}) is that of {first[domain.name]} too; rename "
+                    f"one of them"
+                )
+            first.setdefault(domain.name, setting)
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -171,6 +190,48 @@ class PreparedData:
             yield pack(rows, np.full(len(rows), index), self.end_of_text)
 
 
+def check_sources(config: DataConfig, tokenizer: TokenizerConfig) -> None:
+    """Look whether the data and the tokenizer of a config can be had; nothing is fetched, read to
+    its end or written.
+
+    Local files must be there, open, begin as what they are by their name, and not all be empty;
+    domains on disk must be there unless `data.skip_missing`; a tokenizer file must load. What only
+    a whole reading or the network can tell is left to `prepare_data`.
+
+    Raises:
+        DataError: as `prepare_data` would.
+        ConfigError: if a setting has no effect on the files.
+    """
+    cache_dir = _cache_dir(config)
+    there = next(path for path in (cache_dir, *cache_dir.absolute().parents) if path.exists())
+    # A cache that is complete may be read-only.
+    if not there.is_dir() or (there != cache_dir and not os.access(there, os.W_OK)):
+        raise DataError(
+            f"data.cache_dir ({cache_dir}) cannot be used: {there} is no folder that can be "
+            f"written; choose another one"
+        )
+    if tokenizer.file:
+        load_tokenizer(Path(os.path.expanduser(tokenizer.file)))
+    missing = []
+    for index, domain in enumerate(config.domains):
+        if domain.files:
+            check_local(domain, f"data.domains.{index}")
+        on_disk = DOMAINS.get(domain.corpus or "")
+        if isinstance(on_disk, OnDisk):
+            try:
+                root_of(domain.name, on_disk)
+            except DomainUnavailable as error:
+                if not config.skip_missing:
+                    raise
+                missing.append(str(error))
+    if len(missing) == len(config.domains):
+        raise _none_left(missing)
+
+
+def _none_left(reasons: list[str]) -> DataError:
+    return DataError(f"none of data.domains could be had: {'; '.join(reasons)}")
+
+
 def prepare_data(config: DataConfig, tokenizer: TokenizerConfig, *, progress: bool) -> PreparedData:
     """Fetch, split and tokenise what the config asks for; the second time only verify what is
     there.
@@ -178,33 +239,21 @@ def prepare_data(config: DataConfig, tokenizer: TokenizerConfig, *, progress: bo
     The result depends on the config alone and on no seed, so that runs of several seeds share it.
 
     Raises:
+        ConfigError: if a setting has no effect on the files of its domain.
         DataError: if files are missing, broken or empty, if no domain is left, or if a domain
-        cannot
-            be had and `data.skip_missing` is false.
+            cannot be had and `data.skip_missing` is false.
         NoSpaceError: if the disk is full.
     """
-    cache_dir = Path(config.cache_dir).expanduser()
-    with _cache(cache_dir):
+    # A mistake in the last domain is told before the first one is fetched.
+    check_sources(config, tokenizer)
+    cache_dir = _cache_dir(config)
+    with opened_cache(cache_dir):
         return _prepare(config, tokenizer, cache_dir, progress)
 
 
-@contextmanager
-def _cache(cache_dir: Path) -> Iterator[None]:
-    """The cache for us alone, and its disk errors as one line."""
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with locked(cache_dir):
-            yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise NoSpaceError(
-                f"data.cache_dir ({cache_dir}): no space left on the disk; free some, or point "
-                f"it to another disk"
-            ) from error
-        raise DataError(
-            f"data.cache_dir ({cache_dir}) cannot be used: {error}; needs a folder that can be "
-            f"written"
-        ) from error
+def _cache_dir(config: DataConfig) -> Path:
+    # Path.expanduser raises for a user that does not exist.
+    return Path(os.path.expanduser(config.cache_dir))
 
 
 def _prepare(
@@ -218,15 +267,13 @@ def _prepare(
 
     def selection(index: int) -> Selection:
         if index not in selections:
-            selections[index] = select_documents(
-                sources[index], cache_dir, *choice, progress=progress
-            )
+            selections[index] = select_documents(sources[index], *choice, progress=progress)
         return selections[index]
 
     def sample() -> Iterator[str]:
         budget = _TOKENIZER_SAMPLE_BYTES // len(sources)
         return chain.from_iterable(
-            _training_sample(source, cache_dir, selection(index), budget)
+            _training_sample(source, selection(index), budget)
             for index, source in enumerate(sources)
         )
 
@@ -265,16 +312,13 @@ def _find_sources(
                 raise
             skipped.append(f"skipped domain {domain.name}: {error}")
     if not sources:
-        reasons = "\n".join(skipped)
-        raise DataError(f"none of data.domains could be had:\n{reasons}")
+        raise _none_left(skipped)
     return sources, weights, skipped
 
 
-def _training_sample(
-    source: Source, cache_dir: Path, selection: Selection, budget: int
-) -> Iterator[str]:
+def _training_sample(source: Source, selection: Selection, budget: int) -> Iterator[str]:
     wanted = take_documents(selection.train, list(selection.train), budget)
-    return (text for _, text in read_selected(source, cache_dir, wanted.keys()))
+    return (text for _, text in read_selected(source, wanted.keys()))
 
 
 def describe(data: PreparedData) -> str:
@@ -307,10 +351,10 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.names if name not in DOMAINS]
     if unknown:
         parser.error(f"no domain {', '.join(unknown)}; there are {', '.join(DOMAINS)}")
-    cache_dir = Path(options.cache_dir).expanduser()
+    cache_dir = Path(os.path.expanduser(options.cache_dir))
     failures: list[RunError] = []
     try:
-        with _cache(cache_dir):
+        with opened_cache(cache_dir):
             corpus = Corpus(cache_dir, progress=True)
             for name in options.names or DEFAULT_DOMAINS:
                 try:

@@ -89,9 +89,9 @@ class TrainLoader:
         ):
             if chunks < 1:
                 raise DataError(
-                    f"domain {name} has {len(tokens)} training tokens, one sequence needs "
-                    f"{seq_len + 1} (seq_len + 1); raise data.max_bytes_per_domain, give more text "
-                    f"or remove the domain"
+                    f"data.domains: domain {name} has {len(tokens)} training tokens, one sequence "
+                    f"needs {seq_len + 1} (training.seq_len + 1); lower training.seq_len, raise "
+                    f"data.max_bytes_per_domain, give more text or remove the domain"
                 )
         self._quotas = _quotas(data.weights)
         self._cycle = lru_cache(maxsize=4)(self._make_cycle)

@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from train.documents import Selection, read_selected
-from train.sources import Source
+from train.errors import DataError
+from train.readers import Source
 from train.store import new_entry, read_entry
 from train.tokenizer import Tokenizer, parallel_tokenizers
 
@@ -80,15 +81,22 @@ def write_tokens(
                 texts.clear()
 
         wanted = sizes["train"].keys() | sizes["validation"].keys()
-        for digest, text in read_selected(source, entry.parent.parent, wanted):
+        num_read = 0
+        for digest, text in read_selected(source, wanted):
             split = "validation" if digest in sizes["validation"] else "train"
             pending[split].append(text)
+            num_read += 1
             chars += len(text)
             bar.update(sizes[split][digest])
             if chars >= _BATCH_CHARS:
                 flush()
                 chars = 0
         flush()
+        if num_read != len(wanted):
+            raise DataError(
+                f"{source}: {len(wanted) - num_read} of {len(wanted)} documents were changed while "
+                f"they were read; run again when nothing writes to the files"
+            )
         for file in files.values():
             file.close()
         facts |= {"key": key, "domain": source.name, "dtype": token_dtype(tokenizer.vocab_size).str}
