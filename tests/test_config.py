@@ -1,5 +1,7 @@
 """Does each mistake in a config give one clear line, and does a printed one reproduce the run?"""
 
+import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from train.arguments import parse_arguments
 from train.config import RunConfig, config_from_dict, dump_config, load_config
+from train.config_errors import known_settings
 from train.errors import ConfigError
 from train.yaml_text import YAMLTextError, read_yaml, write_yaml
 
@@ -134,7 +137,7 @@ MISTAKES = {
     "too few entries": (
         "optimizer: {betas: [0.9]}",
         [],
-        ["x.yaml: optimizer.betas.1: missing; this setting has no default"],
+        ["x.yaml: optimizer.betas.1: missing; the list needs more entries"],
     ),
     "section without settings": (
         "schedule:",
@@ -183,7 +186,7 @@ MISTAKES = {
     "no domains, from the command line": (
         "seed: 1",
         ["data.domains=[]"],
-        ["command line: data: domains is empty; give at least one domain"],
+        ["command line: data.domains (0) needs 1 to 4096 domains"],
     ),
     "more experts a token than there are": (
         "model: {moe: {num_experts: 8, router: {name: topk, top_k: 9}}}",
@@ -196,6 +199,131 @@ MISTAKES = {
         [
             "x.yaml: schedule.final_fraction (0.5) has no effect with schedule.name constant;"
             " leave it out or use wsd or cosine"
+        ],
+    ),
+    "too many entries": (
+        "optimizer: {betas: [0.9, 0.9, 0.9]}",
+        [],
+        ["x.yaml: optimizer.betas: got a list of 3; needs at most 2 entries"],
+    ),
+    "capacity that is not implemented": (
+        "model: {moe: {capacity_factor: 0.5}}",
+        [],
+        [
+            "x.yaml: model.moe.capacity_factor: got 0.5; only null (dropless) is implemented;"
+            " leave it out"
+        ],
+    ),
+    "a variant's check": (
+        "model: {moe: {router: {name: topk, top_k: 1}}}",
+        [],
+        [
+            "x.yaml: model.moe.router.normalize (true) with model.moe.router.top_k (1) makes every"
+            " weight 1, so the router would get no gradient; set normalize: false or top_k of at"
+            " least 2"
+        ],
+    ),
+    "a check in a list": (
+        "data: {domains: [{corpus: python}, {corpus: nothing}]}",
+        [],
+        [
+            "x.yaml: data.domains.1.corpus (nothing) must be one of python, cpp, sympy,"
+            " stdlib_tests, speeches_ko, speeches_en, legal, apidocs, drama, scripture"
+        ],
+    ),
+    "one loss twice": (
+        "model: {moe: {losses: [router_z_loss, router_z_loss]}}",
+        [],
+        ["x.yaml: model.moe.losses names router_z_loss twice; keep one line"],
+    ),
+    "sizes of another world": (
+        "training: {seq_len: 1e12}\nmodel: {hidden_size: 2147483648}",
+        ["training.steps=1e28"],
+        [
+            "x.yaml: model.hidden_size (2147483648) must be at most 2,147,483,647",
+            "command line: training.steps (9999999999999999583119736832) must be at most"
+            " 2,147,483,647",
+            "x.yaml: training.seq_len (1000000000000) must be at most 2,147,483,647",
+        ],
+    ),
+    "more layers than could be listed": (
+        "seed: 1",
+        ["model.num_layers=1e12"],
+        ["command line: model.num_layers (1000000000000) must be at most 10,000"],
+    ),
+    "a forward of too many tokens": (
+        "training: {seq_len: 1e9, micro_batch_size: 4}\nevaluation: {batch_size: 1}",
+        [],
+        [
+            "x.yaml: training.micro_batch_size (4) times training.seq_len (1000000000) is"
+            " 4,000,000,000 tokens a forward, must be at most 2,147,483,647; lower one of them"
+        ],
+    ),
+    "tokens for more steps than can be counted": (
+        "training: {tokens: 9e18, seq_len: 1, batch_size: 1}",
+        [],
+        [
+            "x.yaml: training.tokens (9000000000000000000) is 9,000,000,000,000,000,000 steps of 1"
+            " tokens, must be at most 2,147,483,647 steps; lower it or raise training.batch_size"
+            " (1)"
+        ],
+    ),
+    "more tokens than can be counted": (
+        "training: {steps: 2e9, seq_len: 1e6, batch_size: 1e9, micro_batch_size: 1}",
+        [],
+        [
+            "x.yaml: training.steps (2000000000) of training.batch_size (1000000000) times"
+            " training.seq_len (1000000) tokens is beyond 9,223,372,036,854,775,807 tokens; lower"
+            " one of them"
+        ],
+    ),
+    "numbers that float32 cannot hold": (
+        "optimizer: {eps: 1e-300, learning_rate: 1e39}",
+        [],
+        [
+            "x.yaml: optimizer.learning_rate (1e+39) must be 0 or from 1.2e-38 to 3.4e+38:"
+            " training computes in float32",
+            "x.yaml: optimizer.eps (1e-300) must be 0 or from 1.2e-38 to 3.4e+38: training computes"
+            " in float32",
+        ],
+    ),
+    "a whole number that no float holds": (
+        "optimizer: {learning_rate: 1" + "0" * 400 + "}",
+        [],
+        [
+            f"x.yaml: optimizer.learning_rate: got 1{'0' * 19}...; needs a number below 1e308",
+        ],
+    ),
+    "a number too long to be written out": (
+        "seed: 0x" + "f" * 5000,
+        [],
+        ["x.yaml: seed: got a number of thousands of digits; needs less than 9223372036854775808"],
+    ),
+    "text that is no file name": (
+        'output_dir: "a\\0b"\nevaluation: {sample_prompts: ["\\ud800"]}',
+        [],
+        [
+            "x.yaml: output_dir ('a\\x00b') must be UTF-8 text without NUL characters; correct it",
+            "x.yaml: evaluation.sample_prompts.0 ('\\ud800') must be UTF-8 text without NUL"
+            " characters; correct it",
+        ],
+    ),
+    "empty text": (
+        "output_dir: ''",
+        [],
+        ["x.yaml: output_dir: got ''; needs text that is not empty"],
+    ),
+    "unknown section from the command line": (
+        "seed: 1",
+        ["optimizér.eps=1"],
+        ["command line: optimizér: unknown key (did you mean optimizer?)"],
+    ),
+    "a place in a list in other digits": (
+        "seed: 1",
+        ["data.domains.٣.weight=2"],
+        [
+            "command line: data.domains.٣.weight: data.domains is a list; write a number in place"
+            " of ٣"
         ],
     ),
     "override without a value": (
@@ -324,6 +452,72 @@ MISTAKES = {
 def test_each_mistake_gives_these_lines(case, run_in):
     text, overrides, expected = MISTAKES[case]
     assert errors_of(text, *overrides) == expected
+
+
+WRONG = [None, True, -1, 0.5, 1e12, 1e30, 10**30, 10**400, float("nan"), float("inf"), -0.0]
+WRONG += ["x", "", "3", [], [1], [1, 2, 3], ["a", "b"], [[1]], [None], {}, {"a": 1}, [{}]]
+WRONG += [{"name": 1}, {"name": "x"}, {"name": None}, {1: 2}]
+
+
+def test_any_wrong_value_at_any_setting_is_told_in_our_words():
+    """Every setting of every section, variant and list entry, with every kind of value."""
+    base = RunConfig().model_dump(mode="json")
+    refused = 0
+    for path in known_settings(RunConfig, base):
+        for value in WRONG:
+            values = copy.deepcopy(base)
+            node = values
+            for part in path[:-1]:
+                node = node[part]
+            node[path[-1]] = value
+            try:
+                config_from_dict(values, "x")
+            except ConfigError as error:
+                refused += 1
+                for line in str(error).split("\n"):
+                    # Pydantic's own messages say what an input should be.
+                    assert "should" not in line and "valid " not in line.lower(), line
+                    text = line.removeprefix("x: ")
+                    section = re.match(r"[a-z_]+", text)
+                    assert section and section[0] in RunConfig.model_fields, line
+                    # A path is not given twice.
+                    assert not re.match(rf"({section[0]}[\w.]*): {section[0]}\.", text), line
+                    assert len(line) < 500, line
+    assert refused > 1000
+
+
+def test_micro_batches_are_shared_between_ranks():
+    def of(world_size: int, **training: int | None) -> int:
+        return config_from_dict({"training": training}).micro_batches_per_rank(world_size)
+
+    assert of(1, batch_size=16, micro_batch_size=4) == 4
+    assert of(2, batch_size=16, micro_batch_size=4) == 2
+    assert of(4, batch_size=16, micro_batch_size=4) == 1
+    assert of(4, batch_size=16) == 1
+    with pytest.raises(ConfigError) as caught:
+        of(3, batch_size=16, micro_batch_size=4)
+    assert str(caught.value) == (
+        "training.batch_size (16) must be a multiple of training.micro_batch_size (4) times the "
+        "number of ranks (3); set training.batch_size to 12, lower training.micro_batch_size or "
+        "start another number of ranks"
+    )
+    with pytest.raises(ConfigError) as caught:
+        of(32, batch_size=16)
+    assert str(caught.value) == (
+        "training.batch_size (16) must be a multiple of the number of ranks (32); set "
+        "training.batch_size to 32, or start another number of ranks"
+    )
+
+
+def test_more_threads_than_cores_are_refused_where_the_run_is_started(run_in, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert load("training: {threads: 4}").training.threads == 4
+    assert errors_of("seed: 1", "training.threads=5") == [
+        "command line: training.threads (5) must be at most the CPU cores of this machine (4);"
+        " lower it, or leave it out"
+    ]
+    # Of a checkpoint from a larger machine, the model can be read all the same.
+    assert config_from_dict({"training": {"threads": 64}}).training.threads == 64
 
 
 def test_files_that_cannot_be_read_give_one_line(run_in):

@@ -108,29 +108,37 @@ def apply_overrides(
             problems.append(f"command line: {override}: not an override; write section.key=value")
             continue
         try:
-            old, new = _set(values, key, read_yaml(text), schema)
+            opened, old, new = _set(values, key, read_yaml(text), schema)
         except YAMLTextError as error:
             problems += [f"command line: {name}: {line}" for line in error.problems]
             continue
         except ValueError as error:
             problems.append(f"command line: {name}: {error}")
             continue
-        overridden.append(key)
+        overridden.append(opened)
         if key[-1] == "name" and isinstance(old, str) and isinstance(new, str) and old != new:
             renamed[key[:-1]] = (renamed.get(key[:-1], (old,))[0], new)
     return Origin(source, tuple(overridden), renamed), problems
 
 
-def _set(values: dict[str, Any], key: Key, value: Any, schema: type[BaseModel]) -> tuple[Any, Any]:
-    """Set `key`, opening sections and default lists on the way; returns the old and new value."""
+def _set(
+    values: dict[str, Any], key: Key, value: Any, schema: type[BaseModel]
+) -> tuple[Key, Any, Any]:
+    """Set `key`, opening sections and default lists on the way.
+
+    Returns: the first section that was opened, all of which is the command line's (`key` if none
+        was), the old and the new value.
+    """
     node: Any = values
+    opened = key
     for depth, part in enumerate(key):
         place = _place(node, key[:depth], part)
         old = node[place] if isinstance(node, list) else node.get(place)
         if depth == len(key) - 1:
             node[place] = value
-            return old, value
+            return opened, old, value
         if old is None:
+            opened = min(opened, key[: depth + 1], key=len)
             node[place] = default_at(schema, key[: depth + 1])
         elif isinstance(old, str):
             # A variant may be written as its bare name.
@@ -145,7 +153,7 @@ def _place(node: Any, path: Key, part: str) -> Any:
         return part
     if not isinstance(node, list):
         raise ValueError(f"{dotted(path)} has no settings under it")
-    if not part.isdecimal():
+    if not (part.isascii() and part.isdecimal()):
         raise ValueError(f"{dotted(path)} is a list; write a number in place of {part}")
     if int(part) >= len(node):
         raise ValueError(f"{dotted(path)} has {len(node)} entries, numbered from 0")

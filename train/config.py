@@ -5,7 +5,7 @@ Defaults live in these classes alone; a YAML lists only what differs from them.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from moe.config import ModelConfig, Section
 from moe.variants import Count, Natural, Real, Whole
 from train.arguments import apply_overrides
 from train.config_errors import Origin, explain, show
+from train.config_limits import MAX_COUNT, MAX_LAYERS, MAX_TOTAL, out_of_range
 from train.data import DataConfig
 from train.errors import ConfigError
 from train.tokenizer import TokenizerConfig
@@ -81,9 +82,9 @@ class TrainingConfig(Section):
     two, 1000 steps if neither is given. batch_size: sequences of seq_len tokens per optimizer step,
     over all ranks. micro_batch_size: sequences per forward and rank; null takes all at once.
     precision `auto` takes bfloat16 autocast where it is faster; weights are float32 always.
-    threads: of PyTorch on the CPU; null leaves its choice. nonfinite: what a loss or gradient of
-    inf or NaN does, `stop` or `skip` the step; neither touches the weights. debug looks for inf and
-    NaN at once, where they arise.
+    threads: of PyTorch on the CPU, at most its cores; null leaves PyTorch's choice. nonfinite: what
+    a loss or gradient of inf or NaN does, `stop` or `skip` the step; neither touches the weights.
+    debug looks for inf and NaN at once, where they arise.
     """
 
     steps: Count | None = None
@@ -94,7 +95,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[Count, Field(le=1024)] | None = None
+    threads: Count | None = None
     nonfinite: Literal["skip", "stop"] = "stop"
     debug: bool = False
 
@@ -161,9 +162,9 @@ class RunConfig(Section):
     """Everything that decides a run's result, and where it is written."""
 
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    output_dir: Annotated[
-        str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)
-    ] = "runs/default"
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)] = (
+        "runs/default"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -199,26 +200,89 @@ class RunConfig(Section):
         """Sequences per forward when one rank reads the whole batch."""
         return self.training.micro_batch_size or self.training.batch_size
 
+    def micro_batches_per_rank(self, world_size: int) -> int:
+        """Forward passes of each rank in one optimizer step.
+
+        Args:
+            world_size: number of ranks, which share each batch in equal parts.
+        Raises:
+            ConfigError: if the batch cannot be shared so.
+        """
+        training = self.training
+        micro, passes = training.micro_batch_size, 1
+        if micro is not None:
+            passes = training.batch_size // (micro * world_size)
+        share = world_size if micro is None else micro * world_size
+        if training.batch_size % share == 0:
+            return passes
+        parts = "" if micro is None else f"training.micro_batch_size ({micro}) times "
+        nearest = max(share, round(training.batch_size / share) * share)
+        raise ConfigError(
+            f"training.batch_size ({training.batch_size}) must be a multiple of {parts}the number "
+            f"of ranks ({world_size}); set training.batch_size to {nearest}, "
+            f"{'' if micro is None else 'lower training.micro_batch_size '}or start another number "
+            f"of ranks"
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_can_be_listed(cls, values: Any) -> Any:
+        # Asked before the model's own checks, which go through all of its layers.
+        model = values.get("model") if isinstance(values, dict) else None
+        layers = model.get("num_layers") if isinstance(model, dict) else None
+        if isinstance(layers, int | float) and layers > MAX_LAYERS:
+            found = f"{layers:.0f}" if isinstance(layers, float) else show(layers)
+            raise ValueError(f"model.num_layers ({found}) must be at most {MAX_LAYERS:,}")
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        problems = []
+        problems = [*out_of_range(self.model_dump(mode="json"))]
+        if not problems:
+            problems = [*self._length_problems(), *self._warmup_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _length_problems(self) -> Iterator[str]:
+        training, seq_len = self.training, self.training.seq_len
+        micro = "micro_batch_size" if training.micro_batch_size is not None else "batch_size"
+        sizes = {f"training.{micro}": self.micro_batch_size}
+        sizes["evaluation.batch_size"] = self.evaluation.batch_size
+        for name, size in sizes.items():
+            if size * seq_len > MAX_COUNT:
+                yield (
+                    f"{name} ({size}) times training.seq_len ({seq_len}) is {size * seq_len:,} "
+                    f"tokens a forward, must be at most {MAX_COUNT:,}; lower one of them"
+                )
+        if training.tokens is not None and self.num_steps > MAX_COUNT:
+            yield (
+                f"training.tokens ({training.tokens}) is {self.num_steps:,} steps of "
+                f"{self.tokens_per_step:,} tokens, must be at most {MAX_COUNT:,} steps; lower it "
+                f"or raise training.batch_size ({training.batch_size})"
+            )
+        elif self.num_steps * self.tokens_per_step > MAX_TOTAL:
+            yield (
+                f"training.steps ({training.steps}) of training.batch_size ({training.batch_size}) "
+                f"times training.seq_len ({seq_len}) tokens is beyond {MAX_TOTAL:,} tokens; lower "
+                f"one of them"
+            )
+
+    def _warmup_problems(self) -> Iterator[str]:
         length = "training.steps" if self.training.tokens is None else "steps of training.tokens"
         if self.num_warmup_steps >= self.num_steps:
-            problems.append(
+            yield (
                 f"schedule.warmup_steps ({self.num_warmup_steps}) must be below {length}"
                 f" ({self.num_steps}); null takes a tenth of the steps"
             )
         elif self.schedule.name == "wsd":
             decay_steps = math.ceil(self.schedule.decay_fraction * self.num_steps)
             if self.num_warmup_steps + decay_steps > self.num_steps:
-                problems.append(
+                yield (
                     f"schedule.warmup_steps ({self.num_warmup_steps}) and"
                     f" schedule.decay_fraction ({self.schedule.decay_fraction},"
                     f" {decay_steps} steps) must fit into {length} ({self.num_steps})"
                 )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -243,7 +307,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     origin, refused = apply_overrides(values, overrides, RunConfig, source)
     if problems or refused:
         raise ConfigError("\n".join([*problems, *refused]))
-    return _validate(values, origin)
+    config = _validate(values, origin)
+    # Not in the schema: a checkpoint may be read on a smaller machine than it was trained on.
+    threads, cores = config.training.threads, os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise ConfigError(
+            f"{origin.of(('training', 'threads'))}: training.threads ({threads}) must be at most "
+            f"the CPU cores of this machine ({cores}); lower it, or leave it out"
+        )
+    return config
 
 
 def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfig:

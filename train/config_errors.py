@@ -36,19 +36,24 @@ _NEEDS = {
     "dict_type": "settings (`key: value`)",
     "model_type": "settings (`key: value`)",
     "model_attributes_type": "settings (`key: value`)",
-    "none_required": "null",
     "invalid_key": "a setting's name as text",
     "greater_than_equal": "at least {ge}",
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
     "multiple_of": "a multiple of {multiple_of}",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "string_unicode": "UTF-8 text",
     "too_short": "at least {min_length} entries",
     "too_long": "at most {max_length} entries",
     "string_too_short": "at least {min_length} characters",
     "string_too_long": "at most {max_length} characters",
     "recursion_loop": "a value that does not contain itself",
 }
+
+
+# What the null of a setting that takes nothing else means.
+_ONLY_NULL = {"capacity_factor": "dropless"}
 
 
 class Origin(NamedTuple):
@@ -97,13 +102,17 @@ def explain(
             explained.add(owner)
             continue
         for text in _messages(item, path, schema, values):
+            text = _full_names(text, path, schema, values)
             source = origin.of(path, *_settings_in(text, path))
-            if re.match(r"[a-z_0-9]+(\.[a-z_0-9]+)+ \(", text):
+            opening = re.match(r"([a-z_0-9]+)(\.[a-z_0-9]+)* ", text)
+            # A text that names its settings in full, so that its own path would only be repeated.
+            if opening and opening[1] in schema.model_fields and (opening[2] or not path):
                 lines[text] = [f"{source}: {text}"]
             elif text not in (known := lines.setdefault(path, [])):
                 known.append(text if known else f"{source}: {dotted(path)}: {text}")
     joined = (re.sub(r"\s*\n\s*", " ", "; or ".join(texts)) for texts in lines.values())
-    return [re.sub(r"; or got .*?; needs ", " or ", line) for line in joined]
+    short = (re.sub(r"(\d{20})\d{21,}(?:\.{3})?", r"\1...", line) for line in joined)
+    return [re.sub(r"; or got .*?; needs ", " or ", line) for line in short]
 
 
 def known_settings(
@@ -195,16 +204,40 @@ def _messages(
     kind, context, found = item["type"], item.get("ctx", {}), show(item["input"])
     if kind == "extra_forbidden":
         return [f"unknown key ({_suggest(path, schema, values)})"]
+    if kind == "missing" and isinstance(path[-1], int):
+        return ["missing; the list needs more entries"]
     if kind == "missing":
         return ["missing; this setting has no default"]
     if kind == "literal_error":
         return [f"got {found}; allowed: {context['expected'].replace(' or ', ', ')}"]
+    if kind == "none_required":
+        meaning = f" ({_ONLY_NULL[path[-1]]})" if path[-1] in _ONLY_NULL else ""
+        return [f"got {found}; only null{meaning} is implemented; leave it out"]
+    if kind == "string_too_short" and context["min_length"] == 1:
+        return [f"got {found}; needs text that is not empty"]
+    if kind == "float_type" and type(item["input"]) is int:
+        return [f"got {found}; needs a number below 1e308"]
     if kind in _NEEDS:
         return [f"got {found}; needs {_NEEDS[kind].format(**context)}"]
     if "error" in context:
         texts = [text for text in str(context["error"]).split("\n") if text]
         return [f"got {found}; {text}" if text.startswith("needs ") else text for text in texts]
     return [f"got {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"]
+
+
+def _full_names(text: str, path: SettingPath, schema: type[BaseModel], values: Any) -> str:
+    """A check's text with the settings of its own section by their dotted path, and values as YAML
+    writes them: a section does not know where in the config it stands."""
+    section = {str(key[-1]) for key in known_settings(schema, values) if key[:-1] == path}
+
+    def full(match: re.Match) -> str:
+        return dotted((*path, match[0])) if match[0] in section else match[0]
+
+    if path and section:
+        # A name that opens the text, or has its value behind it.
+        text = re.sub(r"^[a-z_0-9]+(?= )|(?<![\w.])[a-z_0-9]+(?= \()", full, text)
+    yaml_words = {"(True)": "(true)", "(False)": "(false)", "(None)": "(null)"}
+    return re.sub(r"\((?:True|False|None)\)", lambda match: yaml_words[match[0]], text)
 
 
 def show(value: Any) -> str:
@@ -215,7 +248,11 @@ def show(value: Any) -> str:
         return f"a list of {len(value)}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to write out whole numbers of thousands of digits.
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -274,5 +311,5 @@ def _explain_rename(
 
 def _settings_in(text: str, path: SettingPath) -> list[SettingPath]:
     """The settings that a check names with `(value)`, by their full path or as one in `path`."""
-    names = re.findall(r"([a-z_0-9.]+) (?:\(|is )", text)
+    names = re.findall(r"(?:^|(?<= ))[a-z_0-9.]+(?= \(| is )|^[a-z_0-9.]+(?= )", text)
     return [tuple(name.split(".")) if "." in name else (*path, name) for name in names]
