@@ -2,14 +2,20 @@
 
 `backend` is `auto`, `triton` or `torch`, and never falls back in silence: `auto` takes Triton for a
 CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere; `triton` raises where
-there is none.
+there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on CPU tensors too.
 """
 
 import ctypes
+import os
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool = False) -> str:
@@ -17,7 +23,7 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
 
     Raises:
         ValueError: if `backend` is unknown, or `triton` is asked for and `op` has no such kernel or
-            `x` is not on a GPU.
+            `x` is neither on a GPU nor the interpreter on.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend ({backend!r}) must be one of {', '.join(BACKENDS)}")
@@ -26,8 +32,11 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
             raise ValueError(
                 f"{op}: backend 'triton' has no kernel for this operation; use 'auto' or 'torch'"
             )
-        if x.device.type != "cuda":
-            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}")
+        if x.device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"{op}: backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1, for tests), "
+                f"got {x.device.type}; use 'auto' or 'torch'"
+            )
         return "triton"
     if backend == "auto" and has_triton and x.device.type == "cuda":
         return "triton"

@@ -7,6 +7,7 @@ lm_loss = cross_entropy(norm(x) @ head^T, labels);  loss = lm_loss + sum of weig
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,14 @@ class BatchTotals(NamedTuple):
     With them, the losses of the step's forward passes add up to the loss of the whole batch.
     num_labels (), labels that count; num_tokens () valid tokens; tokens_per_expert (L, E) of each
     routed layer, or None for the counts of each pass itself, to which counts_so_far (L, E) of the
-    earlier passes are added where given.
+    earlier passes are added where given, and which sum_over_ranks sums where given.
     """
 
     num_labels: Tensor
     num_tokens: Tensor
     tokens_per_expert: Tensor | None = None
     counts_so_far: Tensor | None = None
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -230,19 +232,21 @@ class MoETransformer(nn.Module):
         """Each configured loss, the mean over routed layers."""
         if not routings:
             return ()
-        counts: list[Tensor | None] = [None] * len(routings)
-        if totals is not None and totals.tokens_per_expert is not None:
-            counts = list(totals.tokens_per_expert)
-        elif totals is not None and totals.counts_so_far is not None:
-            earlier = totals.counts_so_far
-            counts = [r.tokens_per_expert + earlier[layer] for layer, r in enumerate(routings)]
+        counts = None if totals is None else totals.tokens_per_expert  # (L, E)
+        if totals is not None and counts is None:
+            counts = torch.stack([routing.tokens_per_expert for routing in routings])
+            if totals.counts_so_far is not None:
+                counts = counts + totals.counts_so_far
+            if totals.sum_over_ranks is not None:
+                counts = totals.sum_over_ranks(counts)
+        loads = [None] * len(routings) if counts is None else list(counts)
         values = []
         for config in self.config.moe.losses:
             compute = load_variant("losses", config.name).loss
             per_layer = [
                 compute(config, routing, LossContext(context._replace(layer=layer), load))
                 for layer, routing, load in zip(
-                    self.config.moe_layers, routings, counts, strict=True
+                    self.config.moe_layers, routings, loads, strict=True
                 )
             ]
             values.append(torch.stack(per_layer).mean())

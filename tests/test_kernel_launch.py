@@ -51,10 +51,18 @@ def test_triton_backend_is_refused_where_there_is_no_kernel():
     assert str(caught.value) == message
 
 
-def test_triton_backend_is_refused_for_cpu_tensors():
+def test_triton_backend_is_refused_for_cpu_tensors_but_in_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as caught:
         resolve_backend("op", "triton", ONES(1), has_triton=True)
-    assert str(caught.value) == "op: backend 'triton' needs CUDA tensors, got cpu"
+    message = (
+        "op: backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1, for tests), got cpu; use "
+        "'auto' or 'torch'"
+    )
+    assert str(caught.value) == message
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("op", "triton", ONES(1), has_triton=True) == "triton"
+    assert resolve_backend("op", "auto", ONES(1), has_triton=True) == "torch"
 
 
 def test_auto_is_torch_on_a_cpu():

@@ -352,6 +352,16 @@ def test_a_mistake_is_one_clear_line_and_the_right_code(mistake, tmp_path, capsy
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    ["a data file that is missing", "an empty corpus", "a corrupt tokenizer", "no such variant"],
+)
+def test_a_dry_run_refuses_what_the_run_would(mistake, tmp_path, capsys):
+    changes, code, pattern = MISTAKES[mistake]
+    assert run(tmp_path / "run", SHORT | changes(tmp_path), "--dry-run") == code
+    assert re.search(pattern, one_line(capsys))
+
+
 def test_each_of_several_mistakes_has_its_line(tmp_path, capsys):
     mistakes = {"optimizer.learning_rat": 1, "training.batch_size": 0, "model.hiden_size": 4}
     assert run(tmp_path / "run", mistakes) == 2
@@ -366,9 +376,13 @@ def test_a_config_that_is_missing_is_one_line(tmp_path, capsys):
     assert one_line(capsys) == f"error: {tmp_path / 'absent.yaml'}: no such file"
 
 
-def test_invalid_utf8_is_trained_on_with_a_note(tmp_path, capsys):
-    changes = text_file(b"some words \xff\xfe and more " * 400)
-    assert run(tmp_path / "run", SHORT | changes(tmp_path)) == 0
+def test_invalid_utf8_is_refused_or_replaced_with_a_note(tmp_path, capsys):
+    changes = text_file(b"some words \xff\xfe and more " * 400)(tmp_path)
+    assert run(tmp_path / "run", SHORT | changes) == 3
+    assert "byte 0xff at position 11" in one_line(capsys)
+    (domain,) = changes["data.domains"]
+    changes = {"data.domains": [domain | {"invalid_utf8": "replace"}]}
+    assert run(tmp_path / "run", SHORT | changes) == 0
     printed = capsys.readouterr()
     assert printed.out.count("only: replaced invalid UTF-8 in 1 files: ") == 1
     assert printed.err == ""

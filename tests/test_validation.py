@@ -118,7 +118,7 @@ def test_domains_count_the_same_in_the_means():
 
 def test_experts_that_know_their_domain_stand_out_against_the_shuffled_control(trained):
     result = evaluated(trained)
-    assert (result.information > 0.5).all()
+    assert (result.information > 0.1).all()
     # Chance gives a little, here of 16 sequences.
     assert (result.shuffled_information > 0).all()
     assert (result.shuffled_information < 0.2 * result.information).all()

@@ -25,7 +25,8 @@ from moe.model import MoETransformer, flops_per_token, num_parameters
 from train.arguments import parse_arguments
 from train.config import RunConfig, dump_config, load_config
 from train.data import PreparedData, prepare_data
-from train.engine import bfloat16_is_faster, build_engine, choose_device
+from train.device import choose_device, choose_precision
+from train.engine import build_engine
 from train.errors import ConfigError, DataError
 from train.loop import Loop, Position, StopRequest
 from train.plan import describe_plan, make_plan
@@ -94,10 +95,8 @@ def run_study(config: RunConfig, num_seeds: int) -> int:
         raise DataError("no domain has validation text; raise data.validation_fraction")
     if config.training.precision == "auto":
         # Measured once: all arms of a study must take the same.
-        half = bfloat16_is_faster(choose_device(config.training.device))
-        training = config.training.model_copy(
-            update={"precision": "bfloat16" if half else "float32"}
-        )
+        precision = choose_precision("auto", choose_device(config.training.device))
+        training = config.training.model_copy(update={"precision": precision})
         config = config.model_copy(update={"training": training})
     moe_model = with_vocab_size(config.model, data.tokenizer.vocab_size)
     models = {"moe": moe_model, "dense": dense_equivalent(moe_model)}

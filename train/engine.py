@@ -1,12 +1,11 @@
 """Who runs the model, its gradients and its optimizer? `build_engine`, one interface for all.
 
-A plain engine for one process on a CPU or one GPU. A launcher's engine has the same methods:
-`engine(batch, totals)`, `backward`, `gradient_norm`, `step`, `zero_grad`, `all_reduce`,
-`state_tensors`, `load_state_tensors`.
+`Engine` is what the rest of `train` may ask of it, whether one process or many run the model;
+`PlainEngine` is the one for a single process on a CPU or one GPU.
 """
 
-import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,26 +15,81 @@ from moe.config import ModelConfig
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
 from train.config import OptimizerConfig, RunConfig
-from train.errors import CheckpointError, ConfigError
+from train.device import choose_device, choose_kernels, choose_precision
+from train.errors import CheckpointError
 from train.expert_names import join_experts, split_experts
 from train.packing import Batch
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
 
-class PlainEngine:
-    """One process, one device: autocast, float32 weights, fused AdamW.
+class Engine(Protocol):
+    """The model, its gradients and its optimizer, in one process or over many ranks.
+
+    Every rank calls every method, in the same order: those that return one value for all ranks
+    communicate.
 
     Attributes:
-        model: the MoETransformer. device: where it lives. precision: `float32` or `bfloat16`.
-        rank, world_size: 0 and 1 here.
+        model: this rank's MoETransformer. device: where it lives. precision: `float32` or
+        `bfloat16`. kernels: `triton` or `torch`. rank, world_size: 0 and 1 without a launcher.
     """
+
+    model: MoETransformer
+    device: torch.device
+    precision: str
+    kernels: str
+    rank: int
+    world_size: int
+
+    def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
+        """One forward pass over a micro-batch of this rank, on the engine's device."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss."""
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients of all parameters on all ranks, () float32."""
+
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
+        """Clip to `optimizer.gradient_clip` and update the weights."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, those of a dropped step too."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is True on any rank, the same answer on all."""
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names of the weights, on any rank, that hold inf or NaN, in the order of the forward."""
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Names of the weights whose gradient holds inf or NaN, in the same order."""
+
+    def state_tensors(self) -> TensorGroups:
+        """Weights, buffers and moments under names that do not depend on the layout of ranks."""
+
+    def load_state_tensors(self, groups: TensorGroups) -> None:
+        """Restore what `state_tensors` returned; every name must be there, and no other.
+
+        Raises:
+            CheckpointError: if names or shapes differ.
+        """
+
+
+class PlainEngine:
+    """One process, one device: autocast, float32 weights, fused AdamW. See `Engine`."""
 
     rank = 0
     world_size = 1
 
-    def __init__(self, model: MoETransformer, config: RunConfig, device: str, precision: str):
-        self.model, self.device, self.precision = model, torch.device(device), precision
+    def __init__(
+        self, model: MoETransformer, config: RunConfig, device: str, precision: str, kernels: str
+    ):
+        self.model, self.device = model, torch.device(device)
+        self.precision, self.kernels = precision, kernels
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
         self.optimizer = build_optimizer(model, config.optimizer)
@@ -76,6 +130,10 @@ class PlainEngine:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks: of one, the tensor itself."""
         return x
+
+    def any_rank(self, flag: bool) -> bool:
+        """The flag itself: there is one rank."""
+        return flag
 
     def nonfinite_weights(self) -> list[str]:
         """Names of the weights that hold inf or NaN, in the order of the forward pass."""
@@ -183,59 +241,22 @@ def build_optimizer(model: MoETransformer, config: OptimizerConfig) -> torch.opt
 
 def build_engine(
     config: RunConfig, model_config: ModelConfig, *, precision: str | None = None
-) -> PlainEngine:
+) -> Engine:
     """The engine for this process: the plain one, as no launcher started us.
 
     Args:
         model_config: with its vocab_size known.
         precision: of an earlier part of the same run, which `auto` then keeps.
     Raises:
-        ConfigError: if `training.device` is cuda and there is none.
+        ConfigError: if `training.device` or `model.kernel_backend` asks for what is not there.
     """
     tune_allocator()
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     device = choose_device(config.training.device)
-    if config.training.precision != "auto":
-        precision = config.training.precision
-    elif precision is None:
-        precision = "bfloat16" if bfloat16_is_faster(device) else "float32"
+    kernels = choose_kernels(model_config.kernel_backend, device)
+    precision = choose_precision(config.training.precision, device, earlier=precision)
     with torch.device(device):
         model = MoETransformer(model_config, moe_layer=MoELayer)
     init_weights(model, config.seed)
-    return PlainEngine(model, config, device, precision)
-
-
-def choose_device(setting: str) -> str:
-    """`cpu` or `cuda`; `auto` takes a GPU where there is one."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "training.device: cuda, but PyTorch sees no GPU; set training.device: auto, or install "
-            "a CUDA build of torch (README, set-up)"
-        )
-    if setting == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return setting
-
-
-def bfloat16_is_faster(device: str) -> bool:
-    """Whether matmuls in bfloat16 take at most 3/4 of the time of float32, measured (about 20 ms).
-
-    Whether a CPU has the instructions is not enough: some emulate them and are slower.
-    """
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = {}
-    # On one thread: several wait for each other where another process has a core.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    torch.set_num_threads(threads)
-    return seconds[torch.bfloat16] < 0.75 * seconds[torch.float32]
+    return PlainEngine(model, config, device, precision, kernels)

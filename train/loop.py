@@ -10,7 +10,7 @@ from moe.model import flops_per_token
 from moe.routing import dead_experts, max_violation
 from train.config import RunConfig
 from train.data import PreparedData
-from train.engine import PlainEngine
+from train.engine import Engine
 from train.metrics import LoadWindow, MetricsWriter, StepMetrics
 from train.packing import TrainLoader
 from train.status import Status, StatusLine, peak_flops
@@ -71,7 +71,7 @@ class Loop:
 
     def __init__(
         self,
-        engine: PlainEngine,
+        engine: Engine,
         data: PreparedData,
         config: RunConfig,
         *,
@@ -150,7 +150,7 @@ class Loop:
     def _report(self, metrics: StepMetrics) -> None:
         logging = self.config.logging
         window = self.window.add(metrics.tokens_per_expert)
-        speed = metrics.num_tokens * self.engine.world_size / self.step_seconds[-1]
+        speed = metrics.num_tokens / self.step_seconds[-1]
         if metrics.skipped:
             self.status.message(
                 f"step {metrics.step} skipped: loss or gradient was not finite; weights unchanged"

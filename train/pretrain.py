@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe.config import ModelConfig
 from train.arguments import parse_arguments
@@ -22,8 +22,9 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import RunConfig, dump_config, load_config
-from train.data import PreparedData, describe, prepare_data
-from train.engine import PlainEngine, bfloat16_is_faster, build_engine, choose_device
+from train.data import PreparedData, check_sources, describe, prepare_data
+from train.device import choose_device, choose_kernels, choose_precision
+from train.engine import Engine, build_engine
 from train.errors import ConfigError, NonFiniteError
 from train.figures import domain_expert_map, save_figure
 from train.generate import sample_text
@@ -52,10 +53,11 @@ def _main(options: Any, overrides: list[str]) -> int:
         print(dump_config(config), end="")
         return 0
     if options.dry_run:
+        check_sources(config.data, config.tokenizer)
         model = with_vocab_size(config.model, planned_vocab_size(config.tokenizer))
         device = choose_device(config.training.device)
-        auto = config.training.precision == "auto" and bfloat16_is_faster(device)
-        half = auto or config.training.precision == "bfloat16"
+        choose_kernels(config.model.kernel_backend, device)
+        half = choose_precision(config.training.precision, device) == "bfloat16"
         print(describe_plan(make_plan(config, model, 2 if half else 4)))
         return 0
     with RunLock(Path(config.output_dir)):
@@ -83,7 +85,7 @@ def planned_vocab_size(tokenizer: TokenizerConfig) -> int:
     if tokenizer.kind == "bytes":
         return ByteTokenizer.vocab_size
     if tokenizer.file is not None:
-        return load_tokenizer(Path(tokenizer.file).expanduser()).vocab_size
+        return load_tokenizer(Path(os.path.expanduser(tokenizer.file))).vocab_size
     return tokenizer.vocab_size
 
 
@@ -106,7 +108,8 @@ def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
 def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[str, Any]:
     """What must not change between the parts of a run."""
     return {
-        "model": model.model_dump(mode="json"),
+        # Which kernels compute it may change: they agree to rounding.
+        "model": model.model_dump(mode="json", exclude={"kernel_backend"}),
         "data": {
             "fingerprint": data.fingerprint,
             "domains": list(data.domain_names),
@@ -121,47 +124,112 @@ def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[
     }
 
 
+class Job(NamedTuple):
+    """A run that is ready to go on from `position`.
+
+    model: the config's, with its vocab_size known. identity: see there. found: the checkpoint that
+    it goes on from, None for a new run.
+    """
+
+    config: RunConfig
+    model: ModelConfig
+    data: PreparedData
+    engine: Engine
+    identity: dict[str, Any]
+    found: Checkpoint | None
+    position: Position
+
+
 def run(config: RunConfig) -> int:
     """Prepare, resume or begin, train, summarise. The run directory is locked by the caller."""
     run_dir = Path(config.output_dir)
     status = StatusLine()
+    job = prepare(config, status)
+    save_description(run_dir, config, job.data)
+    announce(job, status)
+    clock = RunClock(job.found.state["seconds"] if job.found else 0.0)
+    position, evaluation, stop = train(job, clock, status)
+    # A run that was finished before has only been looked at.
+    seconds = clock.seconds() if position.step > job.position.step else clock.earlier
+    if stop.exit_code:
+        status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
+        return stop.exit_code
+    evaluation = evaluation or evaluate(
+        job.engine, job.data, config.evaluation.batch_size, config.training.seq_len
+    )
+    assert evaluation is not None
+    tokens = config.num_steps * config.tokens_per_step
+    summary = summarize(evaluation, job.model, tokens, seconds)
+    summary["samples"] = samples(job.engine, job.data, config)
+    finish(run_dir, config, summary, evaluation, job.data.domain_names, status)
+    return 0
 
-    def warn(text: str) -> None:
-        status.message(f"warning: {text}")
 
-    # Refused before minutes are spent on the data, and before anything is written.
-    found = find_checkpoint(run_dir, config.checkpoint.resume, warn)
+def prepare(config: RunConfig, status: StatusLine) -> Job:
+    """Data, engine and position of a run; what cannot work is refused before anything is written.
+
+    Raises:
+        ConfigError: if the run cannot go on from its checkpoint with this config.
+    """
+    # Before minutes are spent on the data.
+    found = find_checkpoint(Path(config.output_dir), config.checkpoint.resume, warner(status))
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
     status.message(describe(data))
-    model_config = with_vocab_size(config.model, data.tokenizer.vocab_size)
-    facts = identity(config, model_config, data)
+    model = with_vocab_size(config.model, data.tokenizer.vocab_size)
+    facts = identity(config, model, data)
     if found is not None:
         refuse_changes(found.state["identity"], facts)
-    check_memory(make_plan(config, model_config, 2), choose_device(config.training.device))
+    check_memory(make_plan(config, model, 2), choose_device(config.training.device))
     seed_all(config.seed)
-    engine = build_engine(
-        config, model_config, precision=found.state["precision"] if found else None
-    )
+    engine = build_engine(config, model, precision=found.state["precision"] if found else None)
     position = restore(engine, found) if found else Position()
     if position.step > config.num_steps:
         raise ConfigError(
             f"training.steps ({config.num_steps}) is below the checkpoint's step "
             f"({position.step}); raise it, or begin anew in another output_dir"
         )
-    if found is not None:
+    return Job(config, model, data, engine, facts, found, position)
+
+
+def warner(status: StatusLine) -> Callable[[str], None]:
+    """What prints a warning without breaking the status line."""
+    return lambda text: status.message(f"warning: {text}")
+
+
+def announce(job: Job, status: StatusLine) -> None:
+    """Say what runs where: the plan at the beginning, what changed since where it goes on."""
+    config, engine, found = job.config, job.engine, job.found
+    if found is None:
+        bytes_each = 2 if engine.precision == "bfloat16" else 4
+        status.message(describe_plan(make_plan(config, job.model, bytes_each)))
+    else:
         for line in changed_settings(found.state["config"], config.model_dump(mode="json")):
             status.message(f"note: from here on {line}")
-    save_description(run_dir, config, data)
-    plan = make_plan(config, model_config, 2 if engine.precision == "bfloat16" else 4)
-    status.message(describe_plan(plan))
     status.message(
-        f"{'resuming at step ' + str(position.step) if found else 'starting'} on {engine.device} "
-        f"in {engine.precision}, kernels: torch, output in {run_dir}"
+        f"{'resuming at step ' + str(job.position.step) if found else 'starting'} on "
+        f"{engine.device} in {engine.precision}, kernels: {engine.kernels}, output in "
+        f"{config.output_dir}"
     )
-    first_step = position.step + 1 if found else 0
-    earlier, began = found.state["seconds"] if found else 0.0, time.monotonic()
-    first = position.step
-    with open_writer(run_dir, config, model_config, first_step, warn) as writer:
+
+
+class RunClock:
+    """Wall-clock seconds of a run, those of its earlier parts included."""
+
+    def __init__(self, earlier: float):
+        self.earlier, self._began = earlier, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self._began
+
+
+def train(
+    job: Job, clock: RunClock, status: StatusLine
+) -> tuple[Position, Evaluation | None, StopRequest]:
+    """Run the loop from the job's position to its end, or until a signal."""
+    config, engine, found = job.config, job.engine, job.found
+    run_dir, warn = Path(config.output_dir), warner(status)
+    first_step = job.position.step + 1 if found else 0
+    with open_writer(run_dir, config, job.model, first_step, warn) as writer:
 
         def save(at: Position) -> None:
             if writer is not None:
@@ -174,9 +242,9 @@ def run(config: RunConfig) -> int:
             state = {
                 "step": at.step,
                 "evaluated": at.evaluated,
-                "seconds": earlier + time.monotonic() - began,
+                "seconds": clock.seconds(),
                 "precision": engine.precision,
-                "identity": facts,
+                "identity": job.identity,
                 "config": config.model_dump(mode="json"),
             }
             tensors = {
@@ -189,31 +257,17 @@ def run(config: RunConfig) -> int:
 
         loop = Loop(
             engine,
-            data,
-            config.model_copy(update={"model": model_config}),
+            job.data,
+            config.model_copy(update={"model": job.model}),
             writer=writer,
             status=status,
             save=save,
-            sample=lambda stop: "\n".join(samples(engine, data, config, stop)) or None,
+            sample=lambda stop: "\n".join(samples(engine, job.data, config, stop)) or None,
         )
         if found is not None:
             loop.window.restore(found.tensors["metrics"]["load_window"])
         with StopRequest() as stop:
-            position, evaluation = loop.run(position, stop)
-    # A run that was finished before has only been looked at.
-    seconds = earlier + (time.monotonic() - began if position.step > first else 0)
-    if stop.exit_code:
-        status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
-        return stop.exit_code
-    evaluation = evaluation or evaluate(
-        engine, data, config.evaluation.batch_size, config.training.seq_len
-    )
-    assert evaluation is not None
-    tokens = config.num_steps * config.tokens_per_step
-    summary = summarize(evaluation, model_config, tokens, seconds)
-    summary["samples"] = samples(engine, data, config)
-    finish(run_dir, config, summary, evaluation, data.domain_names, status)
-    return 0
+            return *loop.run(job.position, stop), stop
 
 
 def open_writer(
@@ -231,7 +285,7 @@ def open_writer(
     return contextlib.closing(writer)
 
 
-def restore(engine: PlainEngine, checkpoint: Checkpoint) -> Position:
+def restore(engine: Engine, checkpoint: Checkpoint) -> Position:
     """Continue from a checkpoint: weights, moments, router biases, random streams, position."""
     engine.load_state_tensors(checkpoint.tensors)
     set_random_state(checkpoint.tensors["random"])
@@ -246,7 +300,7 @@ def save_description(run_dir: Path, config: RunConfig, data: PreparedData) -> No
 
 
 def samples(
-    engine: PlainEngine,
+    engine: Engine,
     data: PreparedData,
     config: RunConfig,
     stop: Callable[[], bool] = lambda: False,
@@ -263,6 +317,7 @@ def samples(
             max_new_tokens=config.evaluation.sample_tokens,
             temperature=0.8,
             seed=config.seed,
+            stop=stop,
         )
         texts.append(f"sample: {text!r}")
     return texts

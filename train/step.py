@@ -14,7 +14,7 @@ from torch import Tensor
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput
 from train.config import RunConfig
-from train.engine import PlainEngine
+from train.engine import Engine
 from train.errors import NonFiniteError
 from train.metrics import StepMetrics, expert_usage, loss_weights
 from train.packing import IGNORE, Batch, TrainLoader
@@ -22,27 +22,27 @@ from train.random_state import get_random_state, set_random_state
 from train.schedule import learning_rate
 
 
-def read_step(
-    loader: TrainLoader, step: int, config: RunConfig, engine: PlainEngine
-) -> list[Batch]:
-    """This rank's micro-batches of a step: an equal, contiguous share of the global batch."""
+def read_step(loader: TrainLoader, step: int, config: RunConfig, engine: Engine) -> list[Batch]:
+    """This rank's micro-batches of a step: an equal, contiguous share of the global batch.
+
+    Raises:
+        ConfigError: if the batch does not divide into equal micro-batches for every rank.
+    """
+    passes = config.micro_batches_per_rank(engine.world_size)
     per_rank = config.training.batch_size // engine.world_size
     first = step * config.training.batch_size + engine.rank * per_rank
-    size = min(config.micro_batch_size, per_rank)
-    return [loader.batch(first + done, size) for done in range(0, per_rank, size)]
+    size = per_rank // passes
+    return [loader.batch(first + done * size, size) for done in range(passes)]
 
 
 def exact_counts_needed(config: RunConfig, num_micro_batches: int) -> bool:
-    """Whether the balance loss needs the whole step's counts before its first backward pass."""
-    return num_micro_batches > 1 and any(
-        getattr(loss, "scope", None) == "global_batch"
-        and getattr(loss, "accumulation", None) == "exact"
-        for loss in config.model.moe.losses
-    )
+    """Whether a loss needs the whole step's counts before its first backward pass."""
+    losses = config.model.moe.losses
+    return num_micro_batches > 1 and any(loss.needs_batch_counts for loss in losses)
 
 
 def train_step(
-    engine: PlainEngine,
+    engine: Engine,
     micro_batches: list[Batch],
     step: int,
     config: RunConfig,
@@ -63,9 +63,9 @@ def train_step(
     """
     random_state = get_random_state()
     totals = batch_totals(engine, micro_batches, config, stop)
-    summary: _StepSums | None = None
+    sums: _StepSums | None = None
     for batch in micro_batches:
-        if totals is None or stop():
+        if totals is None or engine.any_rank(stop()):
             engine.zero_grad()
             set_random_state(random_state)
             return None
@@ -74,41 +74,53 @@ def train_step(
             check_routers(output, config, step)
         assert output.loss is not None
         engine.backward(output.loss)
-        summary = add_output(summary, output)
+        sums = add_output(sums, output)
         if totals.counts_so_far is not None:
-            totals = totals._replace(counts_so_far=summary.tokens_per_expert)
-    assert summary is not None
-    tokens_per_expert = engine.all_reduce(summary.tokens_per_expert)  # (L, E)
+            totals = totals._replace(counts_so_far=sums.tokens_per_expert)
+    assert sums is not None
+    sums = sum_over_ranks(engine, sums)
     gradient_norm = engine.gradient_norm()
-    problem = find_nonfinite(engine, summary, gradient_norm, config)
+    problem = find_nonfinite(engine, sums, gradient_norm, config)
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, tokens_per_expert)
+        update_routers(engine, sums.tokens_per_expert)
     engine.zero_grad()
     if problem is not None:
         set_random_state(random_state)
         refuse_nonfinite(engine, step, problem, config)
-    passes = len(micro_batches)
-    num_labels = summary.num_labels.clamp(min=1)
-    aux_means = (summary.aux_losses / passes).tolist()
+    return step_metrics(sums, step, rate, gradient_norm, config, skipped=problem is not None)
+
+
+def step_metrics(
+    sums: "_StepSums",
+    step: int,
+    rate: float,
+    gradient_norm: Tensor,
+    config: RunConfig,
+    *,
+    skipped: bool,
+) -> StepMetrics:
+    """Means of the step from its sums over passes and ranks."""
+    num_labels = sums.num_labels.clamp(min=1)
+    aux_means = (sums.aux_losses / sums.num_passes).tolist()
     if config.model.lm_z_loss_weight:
-        aux_means.append(float(summary.lm_z_loss_sum / num_labels))
+        aux_means.append(float(sums.lm_z_loss_sum / num_labels))
     return StepMetrics(
         step=step + 1,
-        lm_loss=float(summary.lm_loss_sum / num_labels),
+        lm_loss=float(sums.lm_loss_sum / num_labels),
         aux_losses=dict(zip(loss_weights(config.model), aux_means, strict=True)),
         learning_rate=rate,
         gradient_norm=float(gradient_norm),
-        tokens_per_expert=tokens_per_expert.cpu(),
-        router_entropy=(summary.router_entropy / passes).cpu(),
-        num_tokens=sum(batch.input_ids.numel() for batch in micro_batches),
-        skipped=problem is not None,
+        tokens_per_expert=sums.tokens_per_expert.cpu(),
+        router_entropy=(sums.router_entropy / sums.num_passes).float().cpu(),
+        num_tokens=config.tokens_per_step,
+        skipped=skipped,
     )
 
 
 def batch_totals(
-    engine: PlainEngine, batches: list[Batch], config: RunConfig, stop: Callable[[], bool]
+    engine: Engine, batches: list[Batch], config: RunConfig, stop: Callable[[], bool]
 ) -> BatchTotals | None:
     """Labels, tokens and (where a loss asks) expert counts of the whole step; None after a stop.
 
@@ -117,10 +129,9 @@ def batch_totals(
     """
     num_labels = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).sum()
     num_tokens = torch.tensor(sum(batch.input_ids.numel() for batch in batches))
-    totals = BatchTotals(
-        engine.all_reduce(num_labels.to(engine.device)).clamp(min=1),
-        engine.all_reduce(num_tokens.to(engine.device)),
-    )
+    both = engine.all_reduce(torch.stack([num_labels, num_tokens]).to(engine.device))
+    reduce = engine.all_reduce if engine.world_size > 1 else None
+    totals = BatchTotals(both[0].clamp(min=1), both[1], sum_over_ranks=reduce)
     layers = config.model.moe_layers
     if not layers or len(batches) == 1:
         return totals
@@ -132,7 +143,7 @@ def batch_totals(
     counts = torch.zeros((), dtype=torch.long, device=engine.device)
     with torch.no_grad():
         for batch in batches:
-            if stop():
+            if engine.any_rank(stop()):
                 return None
             counts = counts + expert_usage(engine(batch).routings)[0]  # (L, E)
     set_random_state(random_state)
@@ -140,16 +151,20 @@ def batch_totals(
 
 
 class _StepSums(NamedTuple):
-    """Sums over the passes of a step; all tensors on the device."""
+    """Sums over the passes of a step; all tensors on the device, float64 but the counts.
+
+    loss_nonfinite () and logits_nonfinite (L,) count the passes with inf or NaN.
+    """
 
     lm_loss_sum: Tensor
     lm_z_loss_sum: Tensor
     num_labels: Tensor
+    num_passes: Tensor
     aux_losses: Tensor
-    tokens_per_expert: Tensor
     router_entropy: Tensor
-    loss_finite: Tensor
-    logits_finite: Tensor
+    loss_nonfinite: Tensor
+    logits_nonfinite: Tensor
+    tokens_per_expert: Tensor
 
 
 def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
@@ -157,44 +172,46 @@ def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
     assert output.loss is not None and output.lm_loss is not None
     assert output.num_labels is not None
     counts, entropy = expert_usage(output.routings)
-    aux = [value.detach() for value in output.aux_losses]
+    none = output.loss.new_zeros(0, dtype=torch.float64)
+    aux = [value.detach().double() for value in output.aux_losses]
     finite = [routing.logits_finite for routing in output.routings]
+    z_loss = none.new_zeros(()) if output.lm_z_loss is None else output.lm_z_loss.double()
     now = _StepSums(
-        output.lm_loss * output.num_labels,
-        output.num_labels * (0.0 if output.lm_z_loss is None else output.lm_z_loss),
-        output.num_labels,
-        torch.stack(aux) if aux else output.loss.new_zeros(0),
-        counts,
-        entropy,
-        torch.isfinite(output.loss.detach()),
-        torch.stack(finite) if finite else output.loss.new_ones(0, dtype=torch.bool),
+        lm_loss_sum=output.lm_loss.double() * output.num_labels,
+        lm_z_loss_sum=z_loss * output.num_labels,
+        num_labels=output.num_labels.double(),
+        num_passes=none.new_ones(()),
+        aux_losses=torch.stack(aux) if aux else none,
+        router_entropy=entropy.to(none),
+        loss_nonfinite=1 - torch.isfinite(output.loss.detach()).double(),
+        logits_nonfinite=1 - torch.stack(finite).double() if finite else none,
+        tokens_per_expert=counts.to(none.device),
     )
-    if sums is None:
-        return now
-    return _StepSums(
-        sums.lm_loss_sum + now.lm_loss_sum,
-        sums.lm_z_loss_sum + now.lm_z_loss_sum,
-        sums.num_labels + now.num_labels,
-        sums.aux_losses + now.aux_losses,
-        sums.tokens_per_expert + now.tokens_per_expert,
-        sums.router_entropy + now.router_entropy,
-        sums.loss_finite & now.loss_finite,
-        sums.logits_finite & now.logits_finite,
-    )
+    return now if sums is None else _StepSums(*(a + b for a, b in zip(sums, now, strict=True)))
+
+
+def sum_over_ranks(engine: Engine, sums: _StepSums) -> _StepSums:
+    """The same sums over all ranks, in two messages."""
+    numbers, counts = sums[:-1], sums.tokens_per_expert
+    flat = engine.all_reduce(torch.cat([number.reshape(-1) for number in numbers]))
+    parts = flat.split([number.numel() for number in numbers])
+    shaped = [part.view_as(number) for part, number in zip(parts, numbers, strict=True)]
+    return _StepSums._make([*shaped, engine.all_reduce(counts)])
 
 
 def find_nonfinite(
-    engine: PlainEngine, sums: _StepSums, gradient_norm: Tensor, config: RunConfig
+    engine: Engine, sums: _StepSums, gradient_norm: Tensor, config: RunConfig
 ) -> str | None:
     """What is inf or NaN in this step, named; None if nothing. One wait for the device."""
-    flags = [sums.loss_finite.view(1), torch.isfinite(gradient_norm).view(1), sums.logits_finite]
-    loss_finite, norm_finite, *router_finite = torch.cat(flags).tolist()
-    if all(router_finite) and loss_finite and norm_finite:
+    norm_nonfinite = 1 - torch.isfinite(gradient_norm).double()
+    flags = [sums.loss_nonfinite.view(1), norm_nonfinite.view(1), sums.logits_nonfinite]
+    loss, norm, *routers = torch.cat(flags).tolist()
+    if not any((loss, norm, *routers)):
         return None
-    for layer, finite in zip(config.model.moe_layers, router_finite, strict=True):
-        if not finite:
+    for layer, nonfinite in zip(config.model.moe_layers, routers, strict=True):
+        if nonfinite:
             return f"the router logits of layer {layer} are not finite"
-    if not loss_finite:
+    if loss:
         return "the loss is not finite, though every router's logits are"
     # From the loss down, the first one is where it began: everything below it is infected.
     names = engine.nonfinite_gradients()
@@ -202,7 +219,7 @@ def find_nonfinite(
     return f"the gradient is not finite, first in {where}"
 
 
-def refuse_nonfinite(engine: PlainEngine, step: int, problem: str, config: RunConfig) -> None:
+def refuse_nonfinite(engine: Engine, step: int, problem: str, config: RunConfig) -> None:
     """Raise unless the step can be skipped: no skip mends weights that are inf or NaN themselves.
 
     Nothing is saved: what led here should not push an older checkpoint out.
@@ -233,7 +250,7 @@ def check_routers(output: ModelOutput, config: RunConfig, step: int) -> None:
             )
 
 
-def update_routers(engine: PlainEngine, tokens_per_expert: Tensor) -> None:
+def update_routers(engine: Engine, tokens_per_expert: Tensor) -> None:
     """Call each router's `after_step` with its layer's counts of the whole step, (L, E)."""
     layers = [m for m in engine.model.modules() if isinstance(m, MoELayer)]
     for layer, load in zip(layers, tokens_per_expert, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.routing import Routing, domain_expert_information
 from train.data import PreparedData
-from train.engine import PlainEngine
+from train.engine import Engine
 
 # Permutations of the labels that the shuffled control is the mean of.
 NUM_SHUFFLES = 8
@@ -56,7 +56,7 @@ def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    engine: PlainEngine,
+    engine: Engine,
     data: PreparedData,
     batch_size: int,
     seq_len: int,
