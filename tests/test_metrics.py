@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from training_cases import (
     EVALUATE_EVERY,
     NUM_STEPS,
+    ROOT,
     Recorder,
     at,
     checkpoint,
@@ -99,6 +101,30 @@ def test_the_tags_are_these_and_no_others(logged):
     assert set(tags["images"]) == {"experts/load"} | {f"domains/{layer}" for layer in layers}
     assert set(tags["histograms"]) == {f"load_share/{layer}" for layer in layers}
     assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+
+
+def test_the_readme_explains_each_tag_and_no_other(logged):
+    _, events, _ = logged
+    section = (ROOT / "README.md").read_text().split("## Read TensorBoard")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    # `name/…` and `name/layer00` stand for all tags below name.
+    rows = [
+        re.sub(r"/(…|layer00)$", "/", name)
+        for cell in cells
+        for name in re.findall("`(.*?)`", cell)
+    ]
+    tags = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
+    tags += [
+        tag.removesuffix("/text_summary")
+        for tag in events.Tags()["tensors"]
+        if not tag.startswith("custom_scalars")
+    ]
+
+    def explains(row: str, tag: str) -> bool:
+        return tag.startswith(row) if row.endswith("/") else tag == row
+
+    assert [tag for tag in tags if not any(explains(row, tag) for row in rows)] == []
+    assert [row for row in rows if not any(explains(row, tag) for tag in tags)] == []
 
 
 def test_scalars_of_a_step_are_what_the_step_returned(logged):
