@@ -18,6 +18,7 @@ setup(
     packages=find_namespace_packages(
         include=["kernels", "kernels.*", "moe", "moe.*", "train", "train.*"]
     ),
+    package_data={"kernels": ["tiles.json", "results/*.json"]},
     install_requires=[
         "torch>=2.11",
         f"triton>=3.6; {TRITON_PLATFORMS}",

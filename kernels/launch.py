@@ -11,6 +11,9 @@ import os
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+# What Triton's matrix units multiply here.
+MATMUL_DTYPES = (torch.float32, torch.bfloat16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreting() -> bool:
@@ -37,8 +40,12 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
                 f"{op}: backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1, for tests), "
                 f"got {x.device.type}; use 'auto' or 'torch'"
             )
+        if x.dtype not in _TRITON_DTYPES:
+            raise ValueError(
+                f"{op}: backend 'triton' computes in float32 at most, got {x.dtype}; use 'torch'"
+            )
         return "triton"
-    if backend == "auto" and has_triton and x.device.type == "cuda":
+    if backend == "auto" and has_triton and x.device.type == "cuda" and x.dtype in _TRITON_DTYPES:
         return "triton"
     return "torch"
 

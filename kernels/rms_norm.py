@@ -62,8 +62,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
-    resolve_backend("rms_norm", backend, x)
     dtype = compute_dtype(x)
+    if resolve_backend("rms_norm", backend, x, has_triton=True) == "triton":
+        from kernels.rms_norm_triton import rms_norm_op
+
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        return rms_norm_op(flat, weight.contiguous(), eps, dtype)[0].view(x.shape)
     with no_autocast(x):
         return _RMSNorm.apply(x, weight, eps, dtype)
 

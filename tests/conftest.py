@@ -4,11 +4,21 @@ Imports only torch, triton, numpy and pytest, as `test_kernel_*.py` do: they als
 machine with a GPU.
 """
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    # Before any kernel is imported: without a GPU, Triton's kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from interpreter import install
+
+    install()
 
 # ||ours - expected|| / ||expected||, forward and each gradient, against float64.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -41,6 +51,14 @@ def _fixed_seed():
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    """Each of the two implementations of a kernel; Triton's on a GPU or in the interpreter."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    return request.param
 
 
 @pytest.fixture

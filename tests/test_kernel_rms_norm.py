@@ -25,11 +25,11 @@ def oracle(x, weight, eps):
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("size", [1, 17, 64])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
-def test_norm_and_its_gradients_equal_float64(device, num_tokens, size, eps):
+def test_norm_and_its_gradients_equal_float64(device, backend, num_tokens, size, eps):
     x, weight = randn(num_tokens, size, seed=1, device=device), randn(size, seed=2, device=device)
     grad = randn(num_tokens, size, seed=3, device=device)
     exact_in, ours_in = leaves(x, weight, dtype=torch.float64), leaves(x, weight)
-    exact, ours = oracle(*exact_in, eps), rms_norm(*ours_in, eps)
+    exact, ours = oracle(*exact_in, eps), rms_norm(*ours_in, eps, backend=backend)
     assert_equals(ours, exact, "output")
     expected = gradients(exact, grad, *exact_in)
     for name, actual, right in zip(
@@ -49,12 +49,12 @@ def test_norm_equals_numpy_by_hand():
     assert out.tolist() == [pytest.approx([0.8320502943, 2.2188007849]), [0.0, 0.0]]
 
 
-def test_any_leading_shape_and_strides(device):
+def test_any_leading_shape_and_strides(device, backend):
     x, weight = randn(6, 4, 5, seed=1, device=device), randn(6, seed=2, device=device)
     strided = x.permute(1, 2, 0)  # (4, 5, 6)
     exact_in = leaves(strided, weight, dtype=torch.float64)
     ours_in = strided.requires_grad_(), weight.requires_grad_()
-    ours, exact = rms_norm(*ours_in), oracle(*exact_in, 1e-5)
+    ours, exact = rms_norm(*ours_in, backend=backend), oracle(*exact_in, 1e-5)
     assert_equals(ours, exact)
     once = torch.autograd.grad(ours.sum(), ours_in, retain_graph=True)
     again = torch.autograd.grad(ours.sum(), ours_in)
@@ -68,12 +68,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(rms_norm, [x, weight])
 
 
-def test_bfloat16_is_as_exact_as_eager(device):
+def test_bfloat16_is_as_exact_as_eager(device, backend):
     x, weight = randn(63, 65, seed=1, device=device).bfloat16(), randn(65, seed=2, device=device)
     ours_in, eager_in = leaves(x, weight), leaves(x, weight)
     exact_in = leaves(x, weight, dtype=torch.float64)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours = rms_norm(*ours_in)
+        ours = rms_norm(*ours_in, backend=backend)
         theirs = torch.nn.functional.rms_norm(eager_in[0], (65,), eager_in[1].bfloat16(), 1e-5)
     exact = oracle(*exact_in, 1e-5)
     assert ours.dtype == torch.bfloat16
@@ -89,20 +89,48 @@ def test_bfloat16_is_as_exact_as_eager(device):
         assert_bfloat16(*triple, name)
 
 
-def test_float32_input_under_autocast_is_normalised_in_float32(device):
+def test_float32_input_under_autocast_is_normalised_in_float32(device, backend):
     x, weight = randn(63, 65, seed=1, device=device), randn(65, seed=2, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours = rms_norm(x, weight)
-    assert torch.equal(ours, rms_norm(x, weight).bfloat16())
+        ours = rms_norm(x, weight, backend=backend)
+    assert torch.equal(ours, rms_norm(x, weight, backend=backend).bfloat16())
 
 
-def test_squares_of_large_bfloat16_values_do_not_overflow(device):
+def test_squares_of_large_bfloat16_values_do_not_overflow(device, backend):
     x = (randn(8, 33, seed=1, device=device) * 1e18).bfloat16()
     ones = torch.ones(33, device=device)
-    assert relative_error(rms_norm(x, ones), oracle(x.double(), ones.double(), 1e-5)) < 4e-3
+    ours = rms_norm(x, ones, backend=backend)
+    assert relative_error(ours, oracle(x.double(), ones.double(), 1e-5)) < 4e-3
 
 
 def test_wrong_shape_is_named():
     with pytest.raises(ValueError) as caught:
         rms_norm(torch.zeros(2, 4), torch.zeros(3))
     assert str(caught.value) == "rms_norm: weight has shape (3,), needs (4)"
+
+
+def test_operators_are_registered_soundly(device):
+    triton = pytest.importorskip("kernels.rms_norm_triton")
+    x, weight = leaves(randn(9, 17, seed=1, device=device), randn(17, seed=2, device=device))
+    torch.library.opcheck(triton.rms_norm_op, (x, weight, 1e-5, torch.float32))
+    grad, inverse = randn(9, 17, seed=3, device=device), torch.ones(9, device=device)
+    torch.library.opcheck(triton.rms_norm_backward_op, (grad, x.detach(), weight.detach(), inverse))
+
+
+def test_compiled_graphs_hold_the_kernel_whole(device):
+    pytest.importorskip("triton")
+    x, weight = leaves(randn(9, 17, seed=1, device=device), randn(17, seed=2, device=device))
+
+    def norm(x, weight):
+        return rms_norm(x, weight, backend="triton")
+
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), norm(x, weight))
+
+
+def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(device):
+    pytest.importorskip("triton")
+    x, weight = randn(70, 33, seed=1, device=device), randn(33, seed=2, device=device)
+    whole = rms_norm(x, weight, backend="triton")
+    for rows in (slice(0, 1), slice(5, 23), slice(69, 70)):
+        assert torch.equal(rms_norm(x[rows], weight, backend="triton"), whole[rows])

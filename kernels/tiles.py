@@ -1,0 +1,72 @@
+"""Which block sizes does a Triton kernel run with? Made ahead of time, not tuned at run time.
+
+`tiles.json` maps kernel -> architecture -> dtype -> largest rows per expert (or any other size that
+the kernel is keyed by) -> block sizes and launch options. `python -m kernels.bench OP --tune` adds
+entries; `kernels.aot` shows what each needs of its chip.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("tiles.json")
+# Architectures without entries of their own take those of the nearest older one.
+_FALLBACK = {"sm_100": "sm_90", "sm_120": "sm_80", "sm_89": "sm_80", "sm_86": "sm_80"}
+
+
+class Tile(NamedTuple):
+    """Constants of one launch: blocks (name -> size), warps of a program, stages of its loops."""
+
+    blocks: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, ...; `interpreter` for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def load_tiles() -> dict[str, dict[str, dict[str, dict[str, Tile]]]]:
+    """The whole table: kernel -> architecture -> dtype -> largest size -> Tile."""
+    raw = json.loads(TABLE.read_text())
+    return {
+        kernel: {
+            arch: {
+                dtype: {size: Tile(**entry) for size, entry in by_size.items()}
+                for dtype, by_size in by_dtype.items()
+            }
+            for arch, by_dtype in by_arch.items()
+        }
+        for kernel, by_arch in raw.items()
+    }
+
+
+def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
+    """The entry for the smallest bucket that holds `size`; the largest bucket is called `any`.
+
+    Raises:
+        KeyError: if the kernel is not in the table.
+    """
+    by_arch = load_tiles()[kernel]
+    arch = architecture(device)
+    if arch not in by_arch:
+        arch = _FALLBACK.get(arch, "sm_80")
+    by_dtype = by_arch[arch]
+    name = str(dtype).removeprefix("torch.")
+    by_size = by_dtype[name if name in by_dtype else "float32"]
+    fitting = [int(bucket) for bucket in by_size if bucket != "any" and size <= int(bucket)]
+    return by_size[str(min(fitting)) if fitting else "any"]
