@@ -83,6 +83,14 @@ def make_routing(
     )
 
 
+def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
+    """(B, E) int64 assignments of each of the B sequences of the batch."""
+    num_experts = routing.router_logits.shape[-1]
+    chosen = routing.topk_indices.view(num_sequences, -1) + 1  # (B, S*K), 0 for no assignment
+    counts = chosen.new_zeros(num_sequences, num_experts + 1)
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen))[:, 1:]
+
+
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
     """MaxVio = max_i c_i / mean(c) - 1 over the last dimension: 0 when balanced, E - 1 at collapse.
 

@@ -89,8 +89,9 @@ def load_variant(kind: str, name: str) -> ModuleType:
     target = name if "." in name else f"moe.{kind}.{name}"
     try:
         module = importlib.import_module(target)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot import {target}: {error}") from error
+    # Somebody's own file can hold any mistake.
+    except Exception as error:
+        raise ValueError(f"cannot import {target}: {type(error).__name__}: {error}") from error
     for part in ("Config", PARTS[kind]):
         if not hasattr(module, part):
             raise ValueError(f"{target} has no {part}, so it is no variant for moe/{kind}")

@@ -38,7 +38,7 @@ MISTAKES = {
     "no file topc.py in moe/routers (did you mean topk?); there are: topk": {
         "moe": {"router": {"name": "topc"}}
     },
-    "cannot import no_lab.router: No module named 'no_lab'": {
+    "cannot import no_lab.router: ModuleNotFoundError: No module named 'no_lab'": {
         "moe": {"router": {"name": "no_lab.router"}}
     },
     "needs a whole number": {"num_layers": True},

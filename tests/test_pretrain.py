@@ -500,7 +500,8 @@ def test_an_expensive_forward_pass_that_runs_out_of_memory_is_8(tmp_path, capsys
 
     monkeypatch.setattr(train.engine.PlainEngine, "__call__", call)
     assert run(tmp_path / "run") == 8
-    assert "lower training.micro_batch_size" in one_line(capsys)
+    line = one_line(capsys)
+    assert "lower training.micro_batch_size" in line and "by the plan, activations need" in line
 
 
 def test_foreign_kernels_are_refused_with_what_to_uninstall(tmp_path, capsys, monkeypatch):

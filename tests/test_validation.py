@@ -7,11 +7,11 @@ import pytest
 import torch
 from training_cases import data, make_config, make_engine, micro_batches
 
-from moe.routing import domain_expert_information
+from moe.routing import counts_by_sequence, domain_expert_information
 from train.packing import IGNORE
 from train.random_state import get_random_state
 from train.step import train_step
-from train.validation import Evaluation, counts_by_sequence, evaluate, sum_by_domain
+from train.validation import Evaluation, evaluate, sum_by_domain
 
 
 @pytest.fixture

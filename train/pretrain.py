@@ -30,7 +30,7 @@ from train.figures import domain_expert_map, save_figure
 from train.generate import sample_text
 from train.loop import Loop, Position, StopRequest
 from train.metrics import MetricsWriter
-from train.plan import check_memory, describe_plan, make_plan
+from train.plan import Plan, check_memory, describe_plan, make_plan, memory_errors
 from train.program import guarded
 from train.random_state import get_random_state, seed_all, set_random_state
 from train.run_directory import replace_file, storage_errors
@@ -135,6 +135,7 @@ class Job(NamedTuple):
     model: ModelConfig
     data: PreparedData
     engine: Engine
+    plan: Plan
     identity: dict[str, Any]
     found: Checkpoint | None
     position: Position
@@ -148,7 +149,8 @@ def run(config: RunConfig) -> int:
     save_description(run_dir, config, job.data)
     announce(job, status)
     clock = RunClock(job.found.state["seconds"] if job.found else 0.0)
-    position, evaluation, stop = train(job, clock, status)
+    with memory_errors(job.plan, config, job.model):
+        position, evaluation, stop = train(job, clock, status)
     # A run that was finished before has only been looked at.
     seconds = clock.seconds() if position.step > job.position.step else clock.earlier
     if stop.exit_code:
@@ -179,16 +181,20 @@ def prepare(config: RunConfig, status: StatusLine) -> Job:
     facts = identity(config, model, data)
     if found is not None:
         refuse_changes(found.state["identity"], facts)
-    check_memory(make_plan(config, model, 2), choose_device(config.training.device))
+    plan = make_plan(config, model, 2)
+    check_memory(plan, choose_device(config.training.device))
     seed_all(config.seed)
-    engine = build_engine(config, model, precision=found.state["precision"] if found else None)
-    position = restore(engine, found) if found else Position()
+    with memory_errors(plan, config, model):
+        engine = build_engine(config, model, precision=found.state["precision"] if found else None)
+        position = restore(engine, found) if found else Position()
+    if engine.precision == "float32":
+        plan = make_plan(config, model, 4)
     if position.step > config.num_steps:
         raise ConfigError(
             f"training.steps ({config.num_steps}) is below the checkpoint's step "
             f"({position.step}); raise it, or begin anew in another output_dir"
         )
-    return Job(config, model, data, engine, facts, found, position)
+    return Job(config, model, data, engine, plan, facts, found, position)
 
 
 def warner(status: StatusLine) -> Callable[[str], None]:
@@ -200,8 +206,7 @@ def announce(job: Job, status: StatusLine) -> None:
     """Say what runs where: the plan at the beginning, what changed since where it goes on."""
     config, engine, found = job.config, job.engine, job.found
     if found is None:
-        bytes_each = 2 if engine.precision == "bfloat16" else 4
-        status.message(describe_plan(make_plan(config, job.model, bytes_each)))
+        status.message(describe_plan(job.plan))
     else:
         for line in changed_settings(found.state["config"], config.model_dump(mode="json")):
             status.message(f"note: from here on {line}")

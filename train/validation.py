@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.routing import Routing, domain_expert_information
+from moe.routing import counts_by_sequence, domain_expert_information
 from train.data import PreparedData
 from train.engine import Engine
 
@@ -44,14 +44,6 @@ class Evaluation(NamedTuple):
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
-    """(B, E) assignments of each sequence of the batch."""
-    num_experts = routing.router_logits.shape[-1]
-    chosen = routing.topk_indices.view(num_sequences, -1) + 1  # (B, S*K), 0 for no assignment
-    counts = chosen.new_zeros(num_sequences, num_experts + 1)
-    return counts.scatter_add_(1, chosen, torch.ones_like(chosen))[:, 1:]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moe.losses import LossContext
-from moe.routing import Routing
+from moe.routing import Routing, counts_by_sequence
 from moe.variants import Real, VariantConfig
 
 
@@ -79,10 +79,7 @@ def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
 def _sequence_loss(routing: Routing, probs: Tensor, context: LossContext) -> Tensor:
     batch, seq_len = context.router.batch_shape
     num_experts = probs.shape[-1]
-    chosen = routing.topk_indices.view(batch, -1) + 1  # (B, S*K), 0 for no assignment
-    counts = probs.new_zeros(batch, num_experts + 1)
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=probs.dtype))
-    counts = counts[:, 1:]  # (B, E)
+    counts = counts_by_sequence(routing, batch).to(probs.dtype)  # (B, E)
     valid = context.router.valid
     lengths = probs.new_full((batch,), seq_len) if valid is None else valid.view(batch, -1).sum(1)
     frequency = counts / counts.sum(1, keepdim=True).clamp(min=1)
