@@ -66,8 +66,12 @@ def apply_rope(
     check_shape("apply_rope", "positions", positions, (q.shape[1],))
     if q.shape[-1] % 2:
         raise ValueError(f"apply_rope: head_dim ({q.shape[-1]}) must be even")
-    resolve_backend("apply_rope", backend, q)
+    triton = resolve_backend("apply_rope", backend, q, has_triton=True) == "triton"
     cos, sin = rope_tables(positions, q.shape[-1], theta)
+    if triton:
+        from kernels.rope_triton import rope_op
+
+        return rope_op(q, k, cos, sin, False)
     if q.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
     with no_autocast(q):
