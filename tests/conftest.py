@@ -6,6 +6,8 @@ machine with a GPU.
 
 import importlib.util
 import os
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -67,6 +69,18 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 3 MB, where the system lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted; the test with a file size limit stands in")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 1e-30) -> float:

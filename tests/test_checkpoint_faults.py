@@ -184,18 +184,6 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path, monkey
     assert names_in(tmp_path) == {"step_00000001", "latest"}
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 3 MB, where the system lets us mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted; the test with a file size limit stands in")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_disk_that_fills_up_during_a_save_keeps_the_old_checkpoints(small_disk, monkeypatch):
     save(small_disk, 1)
     monkeypatch.setattr("train.checkpoint._SPARE_BYTES", -(1 << 30))

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -407,18 +406,6 @@ def test_one_short_document_is_trained_on_without_validation(tmp_path, capsys):
     assert "no validation text" in printed and "validation 0.0000" not in printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["domains"] == {} and summary["mean_loss"] is None
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 3 MB, where the system lets us mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted; the test with a file size limit stands in")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_full_disk_ends_with_7_and_the_run_goes_on_where_there_is_space(small_disk, capsys):
