@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import check_shape
+from kernels.launch import check_shape, resolve_backend
+
+# The Triton plan counts in shared memory: four bytes for each expert.
+MAX_EXPERTS_TRITON = 8192
 
 
 class DispatchPlan(NamedTuple):
@@ -35,34 +38,69 @@ class DispatchPlan(NamedTuple):
         return self.token_of_row.numel()
 
 
-def plan_dispatch(topk_indices: Tensor, num_experts: int) -> DispatchPlan:
+def plan_dispatch(
+    topk_indices: Tensor, num_experts: int, *, backend: str = "auto", debug: bool = False
+) -> DispatchPlan:
     """Sort the assignments by expert.
 
     Args:
-        topk_indices: (T, K) int, experts in [0, num_experts), or -1 for no assignment.
+        topk_indices: (T, K) int, experts in [0, num_experts), or -1 for no assignment. What an
+            index of `num_experts` or more does is undefined.
         num_experts: E.
+        backend: `auto`, `triton` or `torch`.
+        debug: look for such indices, at the price of a synchronisation.
     Returns:
         DispatchPlan; counts sum to the number of indices >= 0.
     Raises:
-        ValueError: if `topk_indices` is not a (T, K) integer tensor.
+        ValueError: if `topk_indices` is not a (T, K) integer tensor; in debug, if an index is too
+            large.
     """
     check_shape("plan_dispatch", "topk_indices", topk_indices, (None, None))
     if topk_indices.is_floating_point() or topk_indices.dtype == torch.bool:
         raise ValueError(f"plan_dispatch: topk_indices must be integers, got {topk_indices.dtype}")
+    if debug and topk_indices.numel() and (largest := int(topk_indices.max())) >= num_experts:
+        raise ValueError(
+            f"plan_dispatch: topk_indices holds {largest}, must be below num_experts "
+            f"({num_experts}); -1 stands for no assignment"
+        )
+    if _plan_backend(backend, topk_indices, num_experts) == "triton":
+        from kernels.dispatch_triton import plan_dispatch_op
+
+        return DispatchPlan(*plan_dispatch_op(topk_indices, num_experts))
+    return _plan_by_sorting(topk_indices, num_experts)
+
+
+def _plan_backend(backend: str, topk_indices: Tensor, num_experts: int) -> str:
+    # A float32 in their place: a plan computes with integers alone, of whatever dtype.
+    on_device = topk_indices.new_empty(0, dtype=torch.float32)
+    fits = num_experts <= MAX_EXPERTS_TRITON
+    chosen = resolve_backend(
+        "plan_dispatch", backend, on_device, has_triton=fits or backend != "auto"
+    )
+    if chosen == "triton" and not fits:
+        raise ValueError(
+            f"plan_dispatch: backend 'triton' counts at most {MAX_EXPERTS_TRITON} experts, got "
+            f"{num_experts}; use 'auto' or 'torch'"
+        )
+    return chosen
+
+
+def _plan_by_sorting(topk_indices: Tensor, num_experts: int) -> DispatchPlan:
     num_tokens, top_k = topk_indices.shape
     flat = topk_indices.reshape(-1)
     dropped = flat < 0
     # Dropped assignments sort behind the last expert. int16 keys sort twice as fast on a CPU.
     key = flat.masked_fill(dropped, num_experts)
     narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int32
-    order = torch.sort(key.to(narrow), stable=True).indices  # (R,)
-    counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
-    offsets = F.pad(counts.cumsum(0), (1, 0))
+    key, order = torch.sort(key.to(narrow), stable=True)  # (R,)
+    # Not bincount: on a GPU it synchronises.
+    experts = torch.arange(num_experts + 1, dtype=narrow, device=key.device)
+    offsets = torch.searchsorted(key, experts)  # (E+1,)
     row_of = torch.empty_like(order)
     row_of[order] = torch.arange(order.numel(), device=order.device)
     row_of = row_of.masked_fill_(dropped, -1).view(num_tokens, top_k)
     token_of_row = order.div(max(top_k, 1), rounding_mode="floor")
-    return DispatchPlan(counts, offsets, token_of_row, row_of)
+    return DispatchPlan(offsets.diff(), offsets, token_of_row, row_of)
 
 
 def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assigned: bool) -> Tensor:
@@ -84,10 +122,17 @@ def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assign
 
 def weights_by_row(plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
     """(R,) the combine weight of each row; 0 for unused rows."""
-    by_row = topk_weights.new_zeros(plan.num_rows)
-    chosen = plan.row_of >= 0
-    by_row[plan.row_of[chosen]] = topk_weights[chosen]
-    return by_row
+    # Dropped assignments write to one row more, which is cut off: a mask would synchronise.
+    by_row = topk_weights.new_zeros(plan.num_rows + 1)
+    row = plan.row_of.masked_fill(plan.row_of < 0, plan.num_rows)
+    return by_row.scatter_(0, row.reshape(-1), topk_weights.reshape(-1))[:-1]
+
+
+def rows_in_use(plan: DispatchPlan) -> int:
+    """Rows that belong to an expert; on a GPU a bound, R, since it must not wait for the number."""
+    if plan.expert_offsets.device.type != "cpu":
+        return plan.num_rows
+    return int(plan.expert_offsets[-1])
 
 
 class _Permute(torch.autograd.Function):
@@ -98,10 +143,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_rows):
-        used = int(ctx.plan.expert_offsets[-1])
-        row_of = ctx.plan.row_of
-        everything = used == row_of.numel()
-        return sum_rows(grad_rows.contiguous(), row_of, None, all_assigned=everything), None
+        plan = ctx.plan
+        return sum_rows(grad_rows.contiguous(), plan.row_of, None, all_assigned=_full(plan)), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -109,41 +152,53 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx, rows, plan, topk_weights):
         ctx.plan = plan
         ctx.save_for_backward(rows, topk_weights)
-        everything = int(plan.expert_offsets[-1]) == plan.num_rows
-        return sum_rows(rows, plan.row_of, topk_weights, all_assigned=everything)
+        return sum_rows(rows, plan.row_of, topk_weights, all_assigned=_full(plan))
 
     @staticmethod
     def backward(ctx, grad_out):
         rows, topk_weights = ctx.saved_tensors
         plan = ctx.plan
-        used = int(plan.expert_offsets[-1])
+        used = rows_in_use(plan)
         grad_of_row = grad_out.index_select(0, plan.token_of_row)  # (R, D)
         grad_weight_of_row = topk_weights.new_zeros(plan.num_rows)
         wide = torch.promote_types(rows.dtype, torch.float32)
         products = grad_of_row[:used].to(wide) * rows[:used].to(wide)
         grad_weight_of_row[:used] = products.sum(-1).to(topk_weights.dtype)
         by_row = weights_by_row(plan, topk_weights).to(rows.dtype)
+        # Rows of which only a GPU knows that they are unused: no assignment takes their sum.
         grad_weights = grad_weight_of_row[plan.row_of.clamp(min=0)]
         grad_weights = grad_weights.masked_fill(plan.row_of < 0, 0)
         return grad_of_row * by_row.unsqueeze(-1), None, grad_weights
 
 
-def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
+def _full(plan: DispatchPlan) -> bool:
+    """Whether every row is known to be in use."""
+    return plan.expert_offsets.device.type == "cpu" and rows_in_use(plan) == plan.num_rows
+
+
+def permute(x: Tensor, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
     """Copy each token to its rows, sorted by expert: rows[r] = x[plan.token_of_row[r]].
 
     Args:
         x: (T, D).
         plan: DispatchPlan of the same tokens.
+        backend: `auto`, `triton` or `torch`.
     Returns:
         (R, D), dtype of `x`. Rows from `plan.expert_offsets[-1]` on are unused; do not read them.
     Raises:
         ValueError: if `x` has not as many tokens as the plan.
     """
     check_shape("permute", "x", x, (plan.row_of.shape[0], None))
+    if resolve_backend("permute", backend, x, has_triton=True) == "triton":
+        from kernels.dispatch_triton import permute_op
+
+        return permute_op(x.contiguous(), plan.token_of_row, plan.row_of)
     return _Permute.apply(x, plan)
 
 
-def unpermute(rows: Tensor, plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
+def unpermute(
+    rows: Tensor, plan: DispatchPlan, topk_weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
     """Sum each token's expert outputs, weighted by its router: the reverse of `permute`.
 
     out[t] = sum_k topk_weights[t, k] * rows[plan.row_of[t, k]], accumulated in float32.
@@ -152,6 +207,7 @@ def unpermute(rows: Tensor, plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
         rows: (R, D) expert outputs, sorted by expert.
         plan: DispatchPlan of the same tokens.
         topk_weights: (T, K) combine weights; a dropped assignment has weight 0.
+        backend: `auto`, `triton` or `torch`.
     Returns:
         (T, D), dtype of `rows`.
     Raises:
@@ -161,4 +217,8 @@ def unpermute(rows: Tensor, plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
     """
     check_shape("unpermute", "rows", rows, (plan.num_rows, None))
     check_shape("unpermute", "topk_weights", topk_weights, tuple(plan.row_of.shape))
+    if resolve_backend("unpermute", backend, rows, has_triton=True) == "triton":
+        from kernels.dispatch_triton import unpermute_op
+
+        return unpermute_op(rows.contiguous(), topk_weights.contiguous(), *plan[1:])
     return _Unpermute.apply(rows, plan, topk_weights)

@@ -24,6 +24,11 @@ def used_rows(plan) -> int:
     return int(plan.expert_offsets[-1])
 
 
+def skip_float64_on_triton(backend, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is PyTorch's alone")
+
+
 def unpermute_oracle(rows, indices, weights, num_experts):
     """float64, by walking the experts in order: no plan and no kernel."""
     out = rows.new_zeros(len(indices), rows.shape[1])
@@ -37,9 +42,9 @@ def unpermute_oracle(rows, indices, weights, num_experts):
 
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("case", ROUTINGS)
-def test_plan_sorts_assignments_by_expert_then_token(device, case, num_tokens):
+def test_plan_sorts_assignments_by_expert_then_token(device, backend, case, num_tokens):
     indices, _, num_experts = assignments(case, num_tokens, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     flat = indices.cpu().numpy().reshape(-1)
     counts = np.bincount(flat[flat >= 0], minlength=num_experts)
     assert plan.tokens_per_expert.tolist() == counts.tolist()
@@ -57,10 +62,10 @@ def test_plan_sorts_assignments_by_expert_then_token(device, case, num_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
-def test_plan_accepts_any_integers(dtype):
-    indices, _, num_experts = assignments("dropped", 63)
+def test_plan_accepts_any_integers(device, backend, dtype):
+    indices, _, num_experts = assignments("dropped", 63, device)
     for ours, expected in zip(
-        plan_dispatch(indices.to(dtype), num_experts),
+        plan_dispatch(indices.to(dtype), num_experts, backend=backend),
         plan_dispatch(indices, num_experts),
         strict=True,
     ):
@@ -75,32 +80,34 @@ def test_plan_of_more_experts_than_int16_holds(num_experts):
     assert plan.tokens_per_expert.shape == (num_experts,)
 
 
-def test_plan_of_noncontiguous_indices():
-    indices, _, num_experts = assignments("random", 63)
+def test_plan_of_noncontiguous_indices(device, backend):
+    indices, _, num_experts = assignments("random", 63, device)
     strided = torch.stack([indices, indices.flip(0)], -1)[..., 0]
     assert not strided.is_contiguous()
     assert torch.equal(
-        plan_dispatch(strided, num_experts).row_of, plan_dispatch(indices, num_experts).row_of
+        plan_dispatch(strided, num_experts, backend=backend).row_of,
+        plan_dispatch(indices, num_experts).row_of,
     )
 
 
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("case", ["random", "idle experts", "one expert", "all experts"])
-def test_permute_then_unpermute_by_equal_weights_is_the_identity(device, case, num_tokens):
+def test_permute_then_unpermute_by_equal_weights_is_the_identity(device, backend, case, num_tokens):
     indices, weights, num_experts = assignments(case, num_tokens, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     assert int(plan.tokens_per_expert.sum()) == indices.numel()
     x = randn(num_tokens, WIDTH, seed=1, device=device)
     weights = torch.full_like(weights, 1 / indices.shape[1])
-    assert_equals(unpermute(permute(x, plan), plan, weights), x)
+    assert_equals(unpermute(permute(x, plan, backend=backend), plan, weights, backend=backend), x)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 @pytest.mark.parametrize("case", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_unpermute_and_its_gradients_equal_float64(device, case, num_tokens, dtype):
+def test_unpermute_and_its_gradients_equal_float64(device, backend, case, num_tokens, dtype):
+    skip_float64_on_triton(backend, dtype)
     indices, weights, num_experts = assignments(case, num_tokens, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     rows = randn(plan.num_rows, WIDTH, seed=1, device=device, dtype=torch.float64)
     exact_in = leaves(rows, weights, dtype=torch.float64)
     exact = unpermute_oracle(exact_in[0], indices, exact_in[1], num_experts)
@@ -111,7 +118,7 @@ def test_unpermute_and_its_gradients_equal_float64(device, case, num_tokens, dty
         expected = list(gradients(exact, grad, *exact_in))
     rows[used_rows(plan) :] = torch.nan
     ours_in = leaves(rows, weights, dtype=dtype)
-    ours = unpermute(ours_in[0], plan, ours_in[1])
+    ours = unpermute(ours_in[0], plan, ours_in[1], backend=backend)
     assert ours.dtype == dtype
     assert_equals(ours, exact, "output")
     grad_rows, grad_weights = gradients(ours, grad, *ours_in)
@@ -122,11 +129,12 @@ def test_unpermute_and_its_gradients_equal_float64(device, case, num_tokens, dty
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 @pytest.mark.parametrize("case", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_permute_and_its_gradient_ignore_unused_rows(device, case, num_tokens, dtype):
+def test_permute_and_its_gradient_ignore_unused_rows(device, backend, case, num_tokens, dtype):
+    skip_float64_on_triton(backend, dtype)
     indices, _, num_experts = assignments(case, num_tokens, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     (x,) = leaves(randn(num_tokens, WIDTH, seed=1, device=device), dtype=dtype)
-    rows = permute(x, plan)
+    rows = permute(x, plan, backend=backend)
     order = [t for e in range(num_experts) for t, _ in (indices == e).nonzero().tolist()]
     assert torch.equal(rows[: used_rows(plan)], x[order])
     grad_rows = randn(*rows.shape, seed=2, device=device, dtype=torch.float64)
@@ -137,13 +145,13 @@ def test_permute_and_its_gradient_ignore_unused_rows(device, case, num_tokens, d
     assert_equals(*gradients(rows, grad_rows, x), expected)
 
 
-def test_unpermute_leaves_dropped_tokens_zero(device):
+def test_unpermute_leaves_dropped_tokens_zero(device, backend):
     indices, weights, num_experts = assignments("dropped", 128, device)
     indices[5], weights[5] = -1, 0
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     rows = torch.full((plan.num_rows, WIDTH), torch.nan, device=device)
     rows[: used_rows(plan)] = 1
-    out = unpermute(rows, plan, weights)
+    out = unpermute(rows, plan, weights, backend=backend)
     assert_equals(out, weights.sum(-1, keepdim=True).expand(-1, WIDTH))
     assert torch.count_nonzero(out[5]) == 0
 
@@ -161,9 +169,9 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", ["random", "dropped"])
-def test_unpermute_in_bfloat16_is_as_exact_as_eager(device, case):
+def test_unpermute_in_bfloat16_is_as_exact_as_eager(device, backend, case):
     indices, weights, num_experts = assignments(case, 128, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     rows = randn(plan.num_rows, WIDTH, seed=1, device=device).bfloat16()
     ours_in, eager_in = leaves(rows, weights), leaves(rows, weights)
     exact_in = leaves(rows, weights, dtype=torch.float64)
@@ -173,7 +181,7 @@ def test_unpermute_in_bfloat16_is_as_exact_as_eager(device, case):
         gathered = rows[plan.row_of.clamp(min=0)] * weights.to(rows.dtype).unsqueeze(-1)
         return gathered.masked_fill(plan.row_of.unsqueeze(-1) < 0, 0).sum(1)
 
-    ours, theirs = unpermute(ours_in[0], plan, ours_in[1]), eager(*eager_in)
+    ours, theirs = unpermute(ours_in[0], plan, ours_in[1], backend=backend), eager(*eager_in)
     exact = eager(*exact_in)
     assert ours.dtype == torch.bfloat16
     assert_bfloat16(ours, theirs, exact, "output")
@@ -187,12 +195,12 @@ def test_unpermute_in_bfloat16_is_as_exact_as_eager(device, case):
         assert_bfloat16(*triple, name)
 
 
-def test_a_graph_that_is_kept_can_be_walked_twice(device):
+def test_a_graph_that_is_kept_can_be_walked_twice(device, backend):
     indices, weights, num_experts = assignments("dropped", 63, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     x, weights = leaves(randn(63, WIDTH, seed=1, device=device), weights)
     # An expanded gradient, as `sum` gives it, has strides of 0.
-    total = unpermute(permute(x, plan) * 2, plan, weights).sum()
+    total = unpermute(permute(x, plan, backend=backend) * 2, plan, weights, backend=backend).sum()
     total.backward(retain_graph=True)
     once = x.grad.clone(), weights.grad.clone()
     total.backward()
@@ -200,16 +208,17 @@ def test_a_graph_that_is_kept_can_be_walked_twice(device):
     assert torch.equal(weights.grad, 2 * once[1])
 
 
-def test_noncontiguous_rows_and_weights(device):
+def test_noncontiguous_rows_and_weights(device, backend):
     indices, weights, num_experts = assignments("random", 63, device)
-    plan = plan_dispatch(indices, num_experts)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
     x = randn(WIDTH, 63, seed=1, device=device).T
-    rows = permute(x, plan)
-    assert torch.equal(rows, permute(x.contiguous(), plan))
+    rows = permute(x, plan, backend=backend)
+    assert torch.equal(rows, permute(x.contiguous(), plan, backend=backend))
     spread = torch.stack([rows, rows], -1)[..., 0]
     other = weights.T.contiguous().T
     assert not spread.is_contiguous()
-    assert_equals(unpermute(spread, plan, other), unpermute(rows, plan, weights))
+    ours = unpermute(spread, plan, other, backend=backend)
+    assert_equals(ours, unpermute(rows, plan, weights, backend=backend))
 
 
 def test_wrong_inputs_are_named():
@@ -227,6 +236,11 @@ def test_wrong_inputs_are_named():
             lambda: plan_dispatch(torch.zeros(2, 2, dtype=torch.bool), 2),
             "plan_dispatch: topk_indices must be integers, got torch.bool",
         ),
+        (
+            lambda: plan_dispatch(torch.tensor([[0, 3]]), 3, debug=True),
+            "plan_dispatch: topk_indices holds 3, must be below num_experts (3); "
+            "-1 stands for no assignment",
+        ),
         (lambda: permute(torch.zeros(3, 4), plan), "permute: x has shape (3, 4), needs (2, any)"),
         (
             lambda: unpermute(torch.zeros(3, 4), plan, torch.zeros(2, 2)),
@@ -241,3 +255,134 @@ def test_wrong_inputs_are_named():
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == message
+
+
+def triton_plan(case, num_tokens, device):
+    """(indices, weights, plan) by the kernels."""
+    indices, weights, num_experts = assignments(case, num_tokens, device)
+    return indices, weights, plan_dispatch(indices, num_experts, backend="triton")
+
+
+def test_more_experts_than_the_triton_plan_counts_are_refused(device):
+    pytest.importorskip("triton")
+    indices = torch.tensor([[8192, 0]], device=device)
+    with pytest.raises(ValueError) as caught:
+        plan_dispatch(indices, 8193, backend="triton")
+    assert str(caught.value) == (
+        "plan_dispatch: backend 'triton' counts at most 8192 experts, got 8193; "
+        "use 'auto' or 'torch'"
+    )
+    assert plan_dispatch(indices, 8193).row_of.tolist() == [[1, 0]]
+
+
+def test_plan_across_tiles_is_stable(device):
+    pytest.importorskip("triton")
+    # 2000 assignments of an expert reach over several tiles of the counting sort.
+    indices = randn(1000, 6, seed=1, device=device).argsort(-1)[:, :4]
+    indices[randn(1000, 4, seed=2, device=device) > 1] = -1
+    for ours, expected in zip(
+        plan_dispatch(indices, 6, backend="triton"),
+        plan_dispatch(indices, 6, backend="torch"),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_operators_are_registered_soundly(device):
+    triton = pytest.importorskip("kernels.dispatch_triton")
+    indices, weights, plan = triton_plan("dropped", 9, device)
+    check = torch.library.opcheck
+    check(triton.plan_dispatch_op, (indices, 7))
+    (x,) = leaves(randn(9, WIDTH, seed=1, device=device))
+    check(triton.permute_op, (x, plan.token_of_row, plan.row_of))
+    rows, weights = leaves(randn(plan.num_rows, WIDTH, seed=2, device=device), weights)
+    check(triton.permute_backward_op, (rows.detach(), plan.row_of))
+    check(triton.unpermute_op, (rows, weights, *plan[1:]))
+    check(triton.unpermute_backward_op, (x.detach(), rows.detach(), weights.detach(), *plan[1:]))
+
+
+def test_compiled_graphs_hold_the_kernels_whole(device):
+    pytest.importorskip("triton")
+    indices, weights, num_experts = assignments("dropped", 9, device)
+    x, weights = leaves(randn(9, WIDTH, seed=1, device=device), weights)
+
+    def there_and_back(x, indices, weights):
+        plan = plan_dispatch(indices, num_experts, backend="triton")
+        rows = permute(x, plan, backend="triton")
+        return unpermute(rows, plan, weights, backend="triton")
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(x, indices, weights), there_and_back(x, indices, weights)
+    assert torch.equal(ours, plain)
+    grad = randn(9, WIDTH, seed=2, device=device)
+    for a, b in zip(
+        gradients(ours, grad, x, weights), gradients(plain, grad, x, weights), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_bits_of_a_token_do_not_depend_on_the_number_of_tokens(device):
+    pytest.importorskip("triton")
+    indices, weights, num_experts = assignments("random", 70, device)
+    x = randn(70, WIDTH, seed=1, device=device)
+
+    def there_and_back(part):
+        plan = plan_dispatch(indices[part], num_experts, backend="triton")
+        rows = permute(x[part], plan, backend="triton")
+        return unpermute(rows, plan, weights[part], backend="triton")
+
+    whole = there_and_back(slice(None))
+    for part in (slice(0, 1), slice(5, 23), slice(69, 70)):
+        assert torch.equal(there_and_back(part), whole[part])
+
+
+def test_tensors_between_guards_of_nan(device, backend):
+    indices, weights, num_experts = assignments("random", 63, device)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
+
+    def guarded(tensor):
+        nan = torch.full_like(tensor[:2], torch.nan)
+        return torch.cat([nan, tensor, nan])[2:-2]
+
+    x, weights = guarded(randn(63, WIDTH, seed=1, device=device)), guarded(weights)
+    ours_in = [t.requires_grad_() for t in (x, weights)]
+    rows = permute(x, plan, backend=backend)
+    out = unpermute(guarded(rows), plan, weights, backend=backend)
+    results = out, *gradients(out, guarded(randn(63, WIDTH, seed=2, device=device)), *ours_in)
+    assert all(t.isfinite().all() for t in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_random_plans_and_sums_equal_float64(device, backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    num_experts = number(1, 40)
+    top_k, num_tokens, width = number(1, min(num_experts, 9) + 1), number(0, 300), number(1, 90)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    scores[:, : number(0, num_experts)] -= number(0, 2)
+    indices = scores.argsort(-1, descending=True)[:, :top_k]
+    indices[torch.rand(indices.shape, generator=generator) < number(0, 3) / 4] = -1
+    weights = torch.rand(indices.shape, generator=generator)
+    indices, weights = indices.to(device), weights.masked_fill(indices < 0, 0).to(device)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
+    for ours, expected in zip(
+        plan, plan_dispatch(indices, num_experts, backend="torch"), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    rows = randn(plan.num_rows, width, seed=seed, device=device)
+    exact_in = leaves(rows, weights, dtype=torch.float64)
+    exact = unpermute_oracle(exact_in[0], indices, exact_in[1], num_experts)
+    rows[used_rows(plan) :] = torch.nan
+    ours_in = leaves(rows, weights)
+    ours = unpermute(ours_in[0], plan, ours_in[1], backend=backend)
+    assert_equals(ours, exact, "output")
+    if exact.requires_grad:
+        grad = randn(num_tokens, width, seed=seed + 1, device=device)
+        for actual, right in zip(
+            gradients(ours, grad, *ours_in), gradients(exact, grad, *exact_in), strict=True
+        ):
+            assert_equals(actual, right)
