@@ -4,7 +4,9 @@
     topk_indices[t] = the K largest of probs[t] + bias, ties to the lowest index
     topk_weights[t, k] = probs[t, topk_indices[t, k]], divided by their sum if `normalize`
 
-The bias enters the choice only, never the weights (loss-free balancing, arXiv 2408.15664).
+The bias enters the choice only, never the weights (loss-free balancing, arXiv 2408.15664). Without
+one, and without a group limit, the logits are compared, whose order is that of the probs: two
+experts whose probs round to one float32 are still told apart.
 """
 
 from typing import NamedTuple
@@ -18,22 +20,26 @@ SCORES = ("softmax", "sigmoid")
 
 
 class TopK(NamedTuple):
-    """topk_weights (T, K) float32; topk_indices (T, K) int64; router_probs (T, E) float32."""
+    """topk_weights (T, K) float32; topk_indices (T, K) int64; router_probs (T, E) float32;
+    logits_finite (T,) bool, False where a logit of the token is inf or NaN."""
 
     topk_weights: Tensor
     topk_indices: Tensor
     router_probs: Tensor
+    logits_finite: Tensor
 
 
 def lowest_index_topk(scores: Tensor, top_k: int) -> Tensor:
     """Indices (T, K) of the K largest of each row, in falling order; ties go to the lowest index.
 
-    `torch.topk` leaves the order of ties open; `argmax` returns the first maximum. K passes of it
-    are quicker on a CPU than a stable sort of all E, up to K of about 16.
+    All differ, also among -inf, which counts as the least finite number, and NaN, which counts as
+    the largest. `torch.topk` leaves the order of ties open; `argmax` returns the first maximum. K
+    passes of it are quicker on a CPU than a stable sort of all E, up to K of about 16.
     """
+    # A copy in which only what was taken is -inf.
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     if top_k > 16:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    scores = scores.clone()
     columns = []
     for _ in range(top_k):
         best = scores.argmax(-1, keepdim=True)
@@ -72,7 +78,9 @@ def fused_topk(
         groups: (number of groups of neighbouring experts, groups that a token may use).
         backend: `auto`, `triton` or `torch`.
     Returns:
-        TopK(topk_weights, topk_indices, router_probs); gradients flow to `router_logits`.
+        TopK(topk_weights, topk_indices, router_probs, logits_finite); gradients flow to
+        `router_logits` from weights and probs. Indices are distinct and in range even where
+        logits or bias are inf or NaN.
     Raises:
         ValueError: on a wrong shape, K > E, an unknown score, or groups that do not divide E or
             leave fewer than K experts.
@@ -88,24 +96,35 @@ def fused_topk(
         raise ValueError(f"fused_topk: score ({score!r}) must be one of {', '.join(SCORES)}")
     if bias is not None:
         check_shape("fused_topk", "bias", bias, (num_experts,))
-    resolve_backend("fused_topk", backend, router_logits)
+    if groups is not None:
+        num_groups, groups_kept = groups
+        size, rest = divmod(num_experts, num_groups)
+        if rest or not 1 <= groups_kept <= num_groups or size * groups_kept < top_k:
+            raise ValueError(
+                f"fused_topk: groups {groups} must divide num_experts ({num_experts}) and "
+                f"leave at least top_k ({top_k}) experts"
+            )
+    if resolve_backend("fused_topk", backend, router_logits, has_triton=True) == "triton":
+        from kernels.routing_triton import topk_op
+
+        logits = router_logits.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        options = top_k, score == "softmax", normalize
+        return TopK(*topk_op(logits, bias, *options, *(groups or (0, 0))))
     with no_autocast(router_logits):
         # bfloat16 scores tie and flip choices; the router is in float32 whatever the model is in.
         logits = at_least_float32(router_logits)
         probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
-        choice = probs.detach() if bias is None else probs.detach() + bias.to(logits.dtype)
+        choice = logits.detach()
+        if bias is not None or groups is not None:
+            choice = probs.detach()
+        if bias is not None:
+            choice = choice + bias.to(logits.dtype)
         if groups is not None:
-            num_groups, groups_kept = groups
-            size, rest = divmod(num_experts, num_groups)
-            if rest or not 1 <= groups_kept <= num_groups or size * groups_kept < top_k:
-                raise ValueError(
-                    f"fused_topk: groups {groups} must divide num_experts ({num_experts}) and "
-                    f"leave at least top_k ({top_k}) experts"
-                )
-            choice = _mask_groups(choice, num_groups, groups_kept)
+            choice = _mask_groups(choice, *groups)
         topk_indices = lowest_index_topk(choice, top_k)  # (T, K)
         topk_weights = probs.gather(-1, topk_indices)  # (T, K)
         if normalize:
             # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
             topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp(min=1e-20)
-    return TopK(topk_weights, topk_indices, probs)
+    return TopK(topk_weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))

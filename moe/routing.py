@@ -56,21 +56,30 @@ def make_routing(
     topk_weights: Tensor,
     topk_indices: Tensor,
     valid: Tensor | None,
+    *,
+    logits_finite: Tensor | None = None,
 ) -> Routing:
     """Complete a router's decision: padding is given no expert, assignments are counted.
 
-    Args: as in `Routing`; `valid` (T,) bool or None.
+    Args: as in `Routing`; `valid` (T,) bool or None; logits_finite: (T,) bool, as `fused_topk`
+        returns it, or None to look at the logits here.
     """
     num_tokens, num_experts = router_logits.shape
-    finite = torch.isfinite(router_logits).all(-1)  # (T,)
-    counted = torch.tensor(num_tokens, device=router_logits.device)
+    finite = logits_finite
+    if finite is None:
+        finite = torch.isfinite(router_logits).all(-1)  # (T,)
+    # Filled on the device: a tensor made of a Python number would wait for the copy.
+    counted = torch.full((), num_tokens, dtype=torch.int64, device=router_logits.device)
     if valid is not None:
         padding = ~valid.unsqueeze(-1)
         topk_indices = topk_indices.masked_fill(padding, -1)
         topk_weights = topk_weights.masked_fill(padding, 0)
         finite = finite | ~valid
         counted = valid.sum()
-    tokens_per_expert = torch.bincount(topk_indices.reshape(-1) + 1, minlength=num_experts + 1)[1:]
+    # Not bincount, which reads the largest index back from a GPU.
+    slot = topk_indices.reshape(-1) + 1  # (T * K,), 0 for no assignment
+    counts = slot.new_zeros(num_experts + 1)
+    tokens_per_expert = counts.index_add_(0, slot, slot.new_ones(1).expand_as(slot))[1:]
     return Routing(
         router_logits,
         router_probs,

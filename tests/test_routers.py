@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import randn, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe.routing import RouterContext
+from kernels.routing import fused_topk
+from moe.routing import RouterContext, make_routing
 from moe.variants import load_variant, variant_names
 
 T, D, E = 24, 10, 6
@@ -192,6 +194,31 @@ def test_no_tokens_is_fine(name, settings):
     routing = build(name, settings)(torch.zeros(0, D), context(shape=(0, 8)))
     assert routing.tokens_per_expert.tolist() == [0] * E
     assert bool(routing.logits_finite)
+
+
+@pytest.mark.parametrize("with_padding", [False, True])
+def test_record_is_the_same_whoever_looked_at_the_logits(with_padding):
+    logits = randn(T, E, seed=1)
+    logits[3, 2], logits[7, 1] = torch.nan, torch.inf
+    chosen = fused_topk(logits, 2)
+    valid = torch.arange(T) % 4 < 3 if with_padding else None
+    arguments = logits, chosen.router_probs, chosen.topk_weights, chosen.topk_indices, valid
+    theirs = make_routing(*arguments)
+    ours = make_routing(*arguments, logits_finite=chosen.logits_finite)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    # Both broken tokens are padding.
+    assert bool(ours.logits_finite) is with_padding
+
+
+def test_counts_and_sums_need_no_value_on_the_host():
+    # A fake tensor has none: to read one back, as bincount does for its size, raises.
+    with FakeTensorMode():
+        logits, valid = torch.empty(T, E), torch.empty(T, dtype=torch.bool)
+        chosen = fused_topk(logits, 2, bias=torch.empty(E), groups=(3, 2))
+        for mask in (None, valid):
+            arguments = logits, chosen.router_probs, chosen.topk_weights, chosen.topk_indices
+            assert make_routing(*arguments, mask).tokens_per_expert.shape == (E,)
 
 
 # --- top-k ---

@@ -90,6 +90,7 @@ class Router(nn.Module):
             chosen.topk_weights,
             chosen.topk_indices,
             context.valid,
+            logits_finite=chosen.logits_finite,
         )
 
     @torch.no_grad()
