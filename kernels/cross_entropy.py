@@ -23,6 +23,9 @@ from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_back
 BLOCK_ELEMENTS = 1 << 25
 # Elements of a group of rows whose float32 softmax stays in a core's cache.
 GROUP_ELEMENTS = 1 << 20
+# On a GPU: elements of a chunk of logits, and its least and most rows.
+CHUNK_ELEMENTS = 1 << 28
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 1024, 4096
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -110,6 +113,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss_weight: float = 0.0,
     backend: str = "auto",
+    debug: bool = False,
 ) -> LinearCrossEntropy:
     """Mean cross entropy of a language-model head, in nats per token.
 
@@ -119,24 +123,44 @@ def linear_cross_entropy(
         labels: (T,) int64 token ids, or `ignore_index`.
         z_loss_weight: of the mean squared logsumexp, which is added to the loss.
         backend: `auto`, `triton` or `torch`.
+        debug: look at the labels first, which waits for a GPU.
     Returns:
         LinearCrossEntropy(loss, z_loss, num_tokens); `loss` is 0 where every label is ignored, and
         alone carries a gradient. Softmax and sums are in float32.
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or with `debug` if a label is neither of the V nor
+            `ignore_index`; without it, Triton's loss is NaN then.
     Source: the gradient in the forward pass as in Liger-Kernel, arXiv 2410.10989.
     """
     check_shape("linear_cross_entropy", "weight", weight, (None, None))
     check_shape("linear_cross_entropy", "x", x, (None, weight.shape[1]))
     check_shape("linear_cross_entropy", "labels", labels, (x.shape[0],))
-    resolve_backend("linear_cross_entropy", backend, x)
+    if debug:
+        _check_labels(labels, weight.shape[0], ignore_index)
     dtype = compute_dtype(x)
     # Asked here, as inside a Function gradients are always off: an evaluation computes none.
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     options = (ignore_index, z_loss_weight, dtype, wants_grad)
+    if resolve_backend("linear_cross_entropy", backend, x, has_triton=True) == "triton":
+        from kernels.cross_entropy_triton import linear_cross_entropy_op
+
+        # Large enough for the matmuls, and for few passes over the (V, D) sum.
+        chunk = min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0]))
+        chunk = max(16, chunk // 16 * 16)
+        loss, z_loss, num_tokens, _, _ = linear_cross_entropy_op(x, weight, labels, *options, chunk)
+        return LinearCrossEntropy(loss, z_loss, num_tokens)
     with no_autocast(x):
         outputs = _LinearCrossEntropy.apply(x, weight, labels, *options)
     return LinearCrossEntropy(*outputs)
+
+
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"linear_cross_entropy: {len(wrong)} labels are out of range, as {int(wrong[0])}; they "
+            f"must be from 0 to {num_classes - 1}, or ignore_index ({ignore_index})"
+        )
 
 
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
