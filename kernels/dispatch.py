@@ -120,11 +120,11 @@ def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assign
     return F.embedding_bag(row_of, rows, mode="sum", per_sample_weights=weights)
 
 
-def weights_by_row(plan: DispatchPlan, topk_weights: Tensor) -> Tensor:
-    """(R,) the combine weight of each row; 0 for unused rows."""
+def weights_by_row(row_of: Tensor, topk_weights: Tensor) -> Tensor:
+    """(R,) the combine weight of each row; 0 for unused rows. Both arguments (T, K)."""
     # Dropped assignments write to one row more, which is cut off: a mask would synchronise.
-    by_row = topk_weights.new_zeros(plan.num_rows + 1)
-    row = plan.row_of.masked_fill(plan.row_of < 0, plan.num_rows)
+    by_row = topk_weights.new_zeros(row_of.numel() + 1)
+    row = row_of.masked_fill(row_of < 0, row_of.numel())
     return by_row.scatter_(0, row.reshape(-1), topk_weights.reshape(-1))[:-1]
 
 
@@ -164,7 +164,7 @@ class _Unpermute(torch.autograd.Function):
         wide = torch.promote_types(rows.dtype, torch.float32)
         products = grad_of_row[:used].to(wide) * rows[:used].to(wide)
         grad_weight_of_row[:used] = products.sum(-1).to(topk_weights.dtype)
-        by_row = weights_by_row(plan, topk_weights).to(rows.dtype)
+        by_row = weights_by_row(plan.row_of, topk_weights).to(rows.dtype)
         # Rows of which only a GPU knows that they are unused: no assignment takes their sum.
         grad_weights = grad_weight_of_row[plan.row_of.clamp(min=0)]
         grad_weights = grad_weights.masked_fill(plan.row_of < 0, 0)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from kernels.bench import Case, leaf
-from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+from kernels.launch import (
+    check_same_device,
+    check_shape,
+    compute_dtype,
+    no_autocast,
+    resolve_backend,
+)
 
 
 class Span(NamedTuple):
@@ -148,8 +154,14 @@ def grouped_matmul(
     check_shape("grouped_matmul", "weight", weight, (None, None, None))
     check_shape("grouped_matmul", "rows", rows, (None, weight.shape[2]))
     check_shape("grouped_matmul", "expert_offsets", expert_offsets, (weight.shape[0] + 1,))
-    resolve_backend("grouped_matmul", backend, rows)
+    check_same_device("grouped_matmul", rows=rows, weight=weight, expert_offsets=expert_offsets)
     dtype = compute_dtype(rows)
+    if resolve_backend("grouped_matmul", backend, rows, has_triton=True) == "triton":
+        from kernels.grouped_matmul_triton import grouped_matmul_op
+
+        cast = None if weight.dtype == dtype else weight.detach().to(dtype).contiguous()
+        rows, weight = rows.to(dtype).contiguous(), weight.contiguous()
+        return grouped_matmul_op(rows, weight, cast, expert_offsets.contiguous())
     with no_autocast(rows):
         return _GroupedMatmul.apply(rows, weight, expert_offsets, dtype)
 

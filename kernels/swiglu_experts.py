@@ -255,7 +255,7 @@ class _SwigluExperts(torch.autograd.Function):
             _gather(grad_out.to(x.dtype), plan, layout),
             _gather(x, plan, layout),
             _Weights(list(zip(up, ctx.columns, strict=True)), down),
-            place_rows(weights_by_row(plan, topk_weights), layout),
+            place_rows(weights_by_row(plan.row_of, topk_weights), layout),
             (h, a),
             layout.spans,
             ctx.options,
@@ -333,8 +333,10 @@ def swiglu_experts(
     check_shape("swiglu_experts", "plan.row_of", plan.row_of, tuple(topk_weights.shape))
     check_shape("swiglu_experts", "x", x, (plan.row_of.shape[0], None))
     check_shape("swiglu_experts", "plan.expert_offsets", plan.expert_offsets, (w1.shape[0] + 1,))
-    resolve_backend("swiglu_experts", backend, x)
     options = _Options(clamp, save, compute_dtype(x))
+    if resolve_backend("swiglu_experts", backend, x, has_triton=True) == "triton":
+        matrices, rows = (w1, w2, w3), (plan.token_of_row, plan.row_of)
+        return _on_triton(x, matrices, topk_weights, plan.expert_offsets, rows, options)
     with no_autocast(x):
         return _SwigluExperts.apply(x, w1, w2, w3, topk_weights, plan, options)
 
@@ -368,12 +370,36 @@ def swiglu_experts_sorted(
     check_shape("swiglu_experts_sorted", "expert_offsets", expert_offsets, (w1.shape[0] + 1,))
     if scale is not None:
         check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))
-    resolve_backend("swiglu_experts_sorted", backend, rows)
     options = _Options(clamp, save, compute_dtype(rows))
+    if resolve_backend("swiglu_experts_sorted", backend, rows, has_triton=True) == "triton":
+        return _on_triton(rows, (w1, w2, w3), scale, expert_offsets, (None, None), options)
     if scale is None:
         scale = torch.ones(rows.shape[0], device=rows.device)
     with no_autocast(rows):
         return _SwigluExpertsSorted.apply(rows, w1, w2, w3, scale, expert_offsets, options)
+
+
+def _on_triton(x, matrices, scale, expert_offsets, rows, options: _Options) -> Tensor:
+    """Either function by the kernels; rows: token_of_row and row_of, or None where sorted."""
+    from kernels.swiglu_experts_triton import swiglu_experts_op
+
+    given = [x, scale, *matrices]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    casts = []
+    if matrices[0].dtype != options.dtype:
+        casts = [w.detach().to(options.dtype).contiguous() for w in matrices]
+    scale = None if scale is None else scale.contiguous()
+    return swiglu_experts_op(
+        x.to(options.dtype).contiguous(),
+        *(w.contiguous() for w in matrices),
+        scale,
+        casts,
+        expert_offsets.contiguous(),
+        *rows,
+        options.clamp,
+        # What of H and a is kept.
+        options.save.removeprefix("x") if needs_grad else "",
+    )[0]
 
 
 # Tokens, hidden, intermediate, experts, top-k.

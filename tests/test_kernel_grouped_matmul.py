@@ -19,6 +19,11 @@ from kernels.grouped_matmul import grouped_matmul
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D_IN, D_OUT = 17, 11
 
+# In the interpreter many tokens take long.
+BODIES = [("torch", n) for n in NUM_TOKENS]
+BODIES += [("triton", n) for n in NUM_TOKENS if n <= 63]
+BODIES += [pytest.param("triton", n, marks=pytest.mark.slow) for n in NUM_TOKENS if n > 63]
+
 
 def expert_of_row(case, num_tokens, device):
     """(expert of each row in use, offsets, rows allocated, E)."""
@@ -34,24 +39,35 @@ def oracle(rows, weight, expert):
     return torch.cat([used, used.new_zeros(len(rows) - len(expert), weight.shape[1])])
 
 
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-@pytest.mark.parametrize("case", ROUTINGS)
-def test_output_and_gradients_equal_float64(device, case, num_tokens):
+def check(device, backend, case, num_tokens, d_in=D_IN, d_out=D_OUT):
     expert, offsets, num_rows, num_experts = expert_of_row(case, num_tokens, device)
-    rows = randn(num_rows, D_IN, seed=1, device=device)
-    weight = randn(num_experts, D_OUT, D_IN, seed=2, device=device)
-    grad = randn(num_rows, D_OUT, seed=3, device=device)
+    rows = randn(num_rows, d_in, seed=1, device=device)
+    weight = randn(num_experts, d_out, d_in, seed=2, device=device)
+    grad = randn(num_rows, d_out, seed=3, device=device)
     exact_in = leaves(rows, weight, dtype=torch.float64)
     exact = oracle(*exact_in, expert)
     expected = gradients(exact, grad, *exact_in)
     # Unused rows may hold anything, on the way back too.
     rows[len(expert) :], grad[len(expert) :] = torch.nan, torch.nan
     ours_in = leaves(rows, weight)
-    ours = grouped_matmul(*ours_in, offsets)
+    ours = grouped_matmul(*ours_in, offsets, backend=backend)
     assert_equals(ours, exact, "output")
     grad_rows, grad_weight = gradients(ours, grad, *ours_in)
     assert_equals(grad_rows, expected[0], "rows")
     assert_equals(grad_weight, expected[1], "weight")
+    return ours, grad_rows, grad_weight
+
+
+@pytest.mark.parametrize(("backend", "num_tokens"), BODIES)
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_output_and_gradients_equal_float64(device, backend, case, num_tokens):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    check(device, backend, case, num_tokens)
+
+
+def test_more_columns_than_a_block(device, backend):
+    check(device, backend, "dropped", 40, 150, 70)
 
 
 def test_gradcheck():
@@ -62,7 +78,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda r, w: grouped_matmul(r, w, offsets), [rows, weight])
 
 
-def test_bfloat16_by_autocast_is_as_exact_as_eager(device):
+def test_bfloat16_by_autocast_is_as_exact_as_eager(device, backend):
     expert, offsets, num_rows, num_experts = expert_of_row("idle experts", 128, device)
     rows = randn(num_rows, 64, seed=1, device=device)
     weight = randn(num_experts, 48, 64, seed=2, device=device)
@@ -70,7 +86,7 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device):
     ours_in, eager_in = leaves(rows, weight), leaves(rows, weight)
     exact_in = leaves(rows, weight, dtype=torch.float64)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours = grouped_matmul(*ours_in, offsets)
+        ours = grouped_matmul(*ours_in, offsets, backend=backend)
         eager = torch.cat([eager_in[0][expert == e] @ eager_in[1][e].T for e in range(num_experts)])
     exact = oracle(*exact_in, expert)
     assert ours.dtype == torch.bfloat16
@@ -87,13 +103,13 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device):
         assert_bfloat16(*triple, name)
 
 
-def test_noncontiguous_inputs_and_expanded_gradient(device):
+def test_noncontiguous_inputs_and_expanded_gradient(device, backend):
     expert, offsets, num_rows, num_experts = expert_of_row("random", 63, device)
     rows = randn(D_IN, num_rows, seed=1, device=device).T
     weight = randn(num_experts, D_IN, D_OUT, seed=2, device=device).transpose(1, 2)
     ours_in = rows.requires_grad_(), weight.requires_grad_()
     exact_in = leaves(rows, weight, dtype=torch.float64)
-    total = grouped_matmul(*ours_in, offsets).sum()
+    total = grouped_matmul(*ours_in, offsets, backend=backend).sum()
     expected = torch.autograd.grad(oracle(*exact_in, expert).sum(), exact_in)
     once = torch.autograd.grad(total, ours_in, retain_graph=True)
     for ours, exact, again in zip(once, expected, torch.autograd.grad(total, ours_in), strict=True):
@@ -112,3 +128,85 @@ def test_wrong_shapes_are_named():
         with pytest.raises(ValueError) as caught:
             grouped_matmul(*arguments)
         assert str(caught.value) == f"grouped_matmul: {message}"
+
+
+def tensors(case, num_tokens, device):
+    """(rows, weight, offsets, gradient)."""
+    _, offsets, num_rows, num_experts = expert_of_row(case, num_tokens, device)
+    rows = randn(num_rows, D_IN, seed=1, device=device)
+    weight = randn(num_experts, D_OUT, D_IN, seed=2, device=device)
+    return rows, weight, offsets, randn(num_rows, D_OUT, seed=3, device=device)
+
+
+def test_operators_are_registered_soundly(device):
+    triton = pytest.importorskip("kernels.grouped_matmul_triton")
+    rows, weight, offsets, grad = tensors("dropped", 9, device)
+    ours_in = leaves(rows, weight)
+    torch.library.opcheck(triton.grouped_matmul_op, (*ours_in, None, offsets))
+    backward = grad, rows, weight, offsets, torch.float32
+    torch.library.opcheck(triton.grouped_matmul_backward_op, backward)
+
+
+def test_compiled_graphs_hold_the_kernels_whole(device):
+    pytest.importorskip("triton")
+    rows, weight, offsets, grad = tensors("dropped", 9, device)
+    ours_in = leaves(rows, weight)
+
+    def product(rows, weight):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return grouped_matmul(rows, weight, offsets, backend="triton")
+
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(*ours_in), product(*ours_in)
+    assert torch.equal(ours, plain)
+    for a, b in zip(gradients(ours, grad, *ours_in), gradients(plain, grad, *ours_in), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("passes", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_equal_calls_give_equal_bits(device, backend, passes):
+    results = []
+    for _ in range(passes):
+        rows, weight, offsets, grad = tensors("random", 20, device)
+        ours_in = leaves(rows, weight)
+        out = grouped_matmul(*ours_in, offsets, backend=backend)
+        results.append((out, *gradients(out, grad, *ours_in)))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(device):
+    pytest.importorskip("triton")
+    rows, weight, _, _ = tensors("random", 63, device)
+    whole = grouped_matmul(
+        rows, weight[:1], torch.tensor([0, 189], device=device), backend="triton"
+    )
+    # From whole tiles on: NumPy's matmul, in the interpreter, rounds by the place in a block.
+    for first, end in ((0, 1), (0, 23), (64, 150), (128, 189)):
+        offsets = torch.tensor([0, end - first], device=device)
+        part = grouped_matmul(rows[first:end], weight[:1], offsets, backend="triton")
+        assert torch.equal(part, whole[first:end])
+
+
+def test_map_of_tiles_covers_every_row_once(device):
+    triton = pytest.importorskip("kernels.grouped_matmul_triton")
+    for counts, unused in (([3, 0, 64, 65, 1], 70), ([0, 0], 5), ([128], 0), ([1] * 40, 0)):
+        offsets = torch.tensor([0, *counts], device=device).cumsum(0)
+        num_rows = sum(counts) + unused
+        groups = triton.Groups(offsets, num_rows)
+        covered = [-1] * num_rows
+        for expert, first, end in groups.tile_map(64).T.tolist():
+            for row in range(first, min(first + 64, end)):
+                assert covered[row] == -1
+                covered[row] = expert
+        expected = [e for e, count in enumerate([*counts, unused]) for _ in range(count)]
+        assert covered == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes_equal_float64(device, backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    d_in, d_out, num_tokens = torch.randint(1, 140, (3,), generator=generator).tolist()
+    case = list(ROUTINGS)[seed % len(ROUTINGS)]
+    check(device, backend, case, num_tokens, d_in, d_out)

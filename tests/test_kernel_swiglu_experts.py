@@ -22,6 +22,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D, WIDTH = 17, 11
 NAMES = ("x", "w1", "w2", "w3", "topk_weights")
 
+# In the interpreter many tokens take long.
+BODIES = [("torch", n) for n in NUM_TOKENS]
+BODIES += [("triton", n) for n in NUM_TOKENS if n <= 63]
+BODIES += [pytest.param("triton", n, marks=pytest.mark.slow) for n in NUM_TOKENS if n > 63]
+
 
 def inputs(case, num_tokens, device, hidden=D, width=WIDTH):
     """(topk_indices, plan, (x, w1, w2, w3, topk_weights))."""
@@ -59,11 +64,12 @@ def eager(x, w1, w2, w3, weights, indices):
     return out
 
 
-def check(device, case, num_tokens, clamp=None, save="xh"):
-    indices, plan, tensors = inputs(case, num_tokens, device)
+def check(device, backend, case, num_tokens, clamp=None, save="xh", hidden=D, width=WIDTH):
+    indices, plan, tensors = inputs(case, num_tokens, device, hidden, width)
     exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
     exact = oracle(*exact_in, indices, clamp)
-    ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=clamp, save=save)
+    options = {"clamp": clamp, "save": save, "backend": backend}
+    ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], **options)
     assert_equals(ours, exact, "output")
     grad = randn(*ours.shape, seed=5, device=device)
     for name, actual, expected in zip(
@@ -72,27 +78,42 @@ def check(device, case, num_tokens, clamp=None, save="xh"):
         assert_equals(actual, expected, name)
 
 
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize(("backend", "num_tokens"), BODIES)
 @pytest.mark.parametrize("case", ROUTINGS)
-def test_layer_and_its_gradients_equal_float64(device, case, num_tokens):
-    check(device, case, num_tokens)
+def test_layer_and_its_gradients_equal_float64(device, backend, case, num_tokens):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    check(device, backend, case, num_tokens)
+
+
+def test_more_columns_than_a_block(device, backend):
+    check(device, backend, "dropped", 40, 0.7, "xh", 150, 70)
 
 
 @pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
 @pytest.mark.parametrize("save", ["x", "xh", "xha"])
 @pytest.mark.parametrize("clamp", [None, 0.5])
 def test_clamp_and_save_modes_equal_float64(device, case, save, clamp):
-    check(device, case, 63, clamp, save)
+    check(device, "torch", case, 63, clamp, save)
+
+
+@pytest.mark.parametrize(("save", "clamp"), [("x", 0.5), ("xh", 0.5), ("xha", None)])
+def test_clamp_and_save_modes_of_the_kernels_equal_float64(device, save, clamp):
+    pytest.importorskip("triton")
+    check(device, "triton", "dropped", 30, clamp, save)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.5])
-def test_save_modes_agree_to_the_bit(device, clamp):
-    _, plan, tensors = inputs("dropped", 63, device)
+def test_save_modes_agree_to_the_bit(device, backend, clamp):
+    case, num_tokens = ("dropped", 63) if backend == "torch" else ("all to one expert", 20)
+    _, plan, tensors = inputs(case, num_tokens, device)
     results = []
     for save in ("x", "xh", "xha"):
         ours_in = leaves(*tensors)
-        out = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=clamp, save=save)
-        results.append((out, *gradients(out, randn(63, D, seed=5, device=device), *ours_in)))
+        options = {"clamp": clamp, "save": save, "backend": backend}
+        out = swiglu_experts(*ours_in[:4], plan, ours_in[4], **options)
+        grad = randn(num_tokens, D, seed=5, device=device)
+        results.append((out, *gradients(out, grad, *ours_in)))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -128,10 +149,10 @@ def test_gradcheck(case, save):
     )
 
 
-def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device):
+def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device, backend):
     indices, plan, tensors = inputs("dropped", 63, device)
     ours_in = leaves(*tensors)
-    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
     grad = gradients(out, torch.ones_like(out), *ours_in)[-1]
     assert (grad[indices < 0] == 0).all()
     assert (grad[indices >= 0] != 0).all()
@@ -139,7 +160,7 @@ def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device):
 
 @pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "all to one expert"])
 @pytest.mark.parametrize("with_scale", [True, False])
-def test_sorted_rows_equal_float64_and_ignore_unused_rows(device, case, with_scale):
+def test_sorted_rows_equal_float64_and_ignore_unused_rows(device, backend, case, with_scale):
     indices, plan, (_, w1, w2, w3, _) = inputs(case, 63, device)
     used = int(plan.expert_offsets[-1])
     rows = randn(plan.num_rows, D, seed=6, device=device)
@@ -159,9 +180,13 @@ def test_sorted_rows_equal_float64_and_ignore_unused_rows(device, case, with_sca
     for tensor in (rows, scale, grad):
         tensor[used:] = torch.nan
     ours_in = leaves(rows, w1, w2, w3, scale)
-    for save in ("x", "xh", "xha"):
+    for save in ("x", "xh", "xha") if backend == "torch" else ("xh",):
         ours = swiglu_experts_sorted(
-            *ours_in[:4], plan.expert_offsets, scale=ours_in[4] if with_scale else None, save=save
+            *ours_in[:4],
+            plan.expert_offsets,
+            scale=ours_in[4] if with_scale else None,
+            save=save,
+            backend=backend,
         )
         assert_equals(ours[:used], exact, "output")
         assert torch.count_nonzero(ours[used:]) == 0
@@ -191,14 +216,24 @@ def test_sorted_rows_between_permute_and_unpermute_are_the_fused_layer(device, c
         assert_equals(a, b)
 
 
-@pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
-@pytest.mark.parametrize("save", ["x", "xh", "xha"])
-def test_bfloat16_by_autocast_is_as_exact_as_eager(device, case, save):
+BFLOAT16 = [
+    ("torch", case, save)
+    for case in ("random", "dropped", "idle experts")
+    for save in ("x", "xh", "xha")
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "case", "save"), [*BFLOAT16, ("triton", "dropped", "x"), ("triton", "random", "xh")]
+)
+def test_bfloat16_by_autocast_is_as_exact_as_eager(device, backend, case, save):
+    if backend == "triton":
+        pytest.importorskip("triton")
     indices, plan, tensors = inputs(case, 128, device, hidden=64, width=96)
     ours_in, eager_in = leaves(*tensors), leaves(*tensors)
     exact_in = leaves(*tensors, dtype=torch.float64)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save)
+        ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save, backend=backend)
         theirs = eager(*eager_in, indices)
     exact = oracle(*exact_in, indices)
     assert ours.dtype == torch.bfloat16
@@ -216,34 +251,35 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device, case, save):
         assert_bfloat16(*triple, name)
 
 
-def test_bfloat16_parameters_without_autocast(device):
-    indices, plan, tensors = inputs("random", 63, device)
+def test_bfloat16_parameters_without_autocast(device, backend):
+    indices, plan, tensors = inputs("random", 20, device)
     narrow = [t.bfloat16() for t in tensors[:4]]
     ours_in = leaves(*narrow, tensors[4])
-    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
-    grads = gradients(out, randn(63, D, seed=5, device=device), *ours_in)
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
+    grads = gradients(out, randn(20, D, seed=5, device=device), *ours_in)
     assert [g.dtype for g in grads] == [torch.bfloat16] * 4 + [torch.float32]
     assert relative_error(out, oracle(*[t.double() for t in ours_in], indices)) < 1e-2
 
 
-def test_a_graph_that_is_kept_can_be_walked_twice(device):
-    _, plan, tensors = inputs("random", 63, device)
-    for save in ("x", "xh", "xha"):
+def test_a_graph_that_is_kept_can_be_walked_twice(device, backend):
+    _, plan, tensors = inputs("all experts", 20, device)
+    for save in ("x", "xh", "xha") if backend == "torch" else ("xh",):
         ours_in = leaves(*tensors)
-        total = swiglu_experts(*ours_in[:4], plan, ours_in[4], clamp=1.0, save=save).sum()
+        options = {"clamp": 1.0, "save": save, "backend": backend}
+        total = swiglu_experts(*ours_in[:4], plan, ours_in[4], **options).sum()
         total.backward(retain_graph=True)
         once = [t.grad.clone() for t in ours_in]
         total.backward()
         assert all(torch.equal(t.grad, 2 * g) for t, g in zip(ours_in, once, strict=True))
 
 
-def test_noncontiguous_inputs_and_expanded_gradient(device):
-    indices, plan, tensors = inputs("random", 63, device)
+def test_noncontiguous_inputs_and_expanded_gradient(device, backend):
+    indices, plan, tensors = inputs("random", 20, device)
     strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     assert not any(t.is_contiguous() for t in strided)
     ours_in = [t.requires_grad_() for t in strided]
     exact_in = leaves(*tensors, dtype=torch.float64)
-    out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
     exact = oracle(*exact_in, indices)
     assert_equals(out, exact)
     for actual, expected in zip(
@@ -254,22 +290,24 @@ def test_noncontiguous_inputs_and_expanded_gradient(device):
         assert_equals(actual, expected)
 
 
-def test_equal_calls_give_equal_bits(device):
-    _, plan, tensors = inputs("random", 128, device)
+@pytest.mark.parametrize("passes", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_equal_calls_give_equal_bits(device, backend, passes):
+    case, num_tokens = ("random", 128) if backend == "torch" else ("all experts", 20)
+    _, plan, tensors = inputs(case, num_tokens, device)
     results = []
-    for _ in range(3):
+    for _ in range(passes):
         ours_in = leaves(*tensors)
-        out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+        out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
         results.append((out, *gradients(out, torch.ones_like(out), *ours_in)))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_one_expert_is_the_dense_layer(device):
+def test_one_expert_is_the_dense_layer(device, backend):
     _, plan, (x, w1, w2, w3, _) = inputs("one expert", 128, device)
     ones = torch.ones(128, 1, device=device)
     dense = F.linear(F.silu(F.linear(x, w1[0])) * F.linear(x, w3[0]), w2[0])
-    out = swiglu_experts(x, w1, w2, w3, plan, ones)
+    out = swiglu_experts(x, w1, w2, w3, plan, ones, backend=backend)
     assert relative_error(out, dense) <= 1e-6
 
 
@@ -305,3 +343,114 @@ def test_wrong_inputs_are_named():
     with pytest.raises(ValueError) as caught:
         swiglu_experts_sorted(x, w1, w2, w3, plan.expert_offsets, scale=torch.ones(3))
     assert str(caught.value) == "swiglu_experts_sorted: scale has shape (3,), needs (2)"
+
+
+def as_op(tensors, plan, clamp, keep, casts=()):
+    """Arguments of the operator of the kernels, with a plan."""
+    x, w1, w2, w3, weights = tensors
+    rows = plan.expert_offsets, plan.token_of_row, plan.row_of
+    return x, w1, w2, w3, weights, list(casts), *rows, clamp, keep
+
+
+def test_operators_are_registered_soundly(device):
+    triton = pytest.importorskip("kernels.swiglu_experts_triton")
+    # Nothing dropped: what H holds in unused rows is undefined, and opcheck compares it.
+    _, plan, tensors = inputs("all experts", 5, device)
+    ours_in = leaves(*tensors)
+    torch.library.opcheck(triton.swiglu_experts_op, as_op(ours_in, plan, 0.5, "h"))
+    x, w1, w2, w3, weights = tensors
+    out, h, a = triton.swiglu_experts_op(*as_op(tensors, plan, None, "ha"))
+    rows = plan.expert_offsets, plan.token_of_row, plan.row_of
+    backward = out, x, w1, w2, w3, weights, *rows, h, a, None, torch.float32
+    torch.library.opcheck(triton.swiglu_experts_backward_op, backward)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_graphs_hold_the_kernels_whole(device, autocast):
+    pytest.importorskip("triton")
+    _, plan, tensors = inputs("dropped", 9, device)
+    ours_in = leaves(*tensors)
+
+    def layer(x, w1, w2, w3, weights):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            return swiglu_experts(x, w1, w2, w3, plan, weights, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(*ours_in), layer(*ours_in)
+    assert torch.equal(ours, plain)
+    grad = randn(9, D, seed=5, device=device)
+    for a, b in zip(gradients(ours, grad, *ours_in), gradients(plain, grad, *ours_in), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bits_of_a_token_do_not_depend_on_the_number_of_tokens(device):
+    pytest.importorskip("triton")
+    indices, plan, (x, w1, w2, w3, weights) = inputs("random", 40, device)
+    whole = swiglu_experts(x, w1, w2, w3, plan, weights, backend="triton")
+    # From the first token on: NumPy's matmul, in the interpreter, rounds by the place in a block.
+    for count in (1, 23):
+        plan = plan_dispatch(indices[:count], len(w1))
+        part = swiglu_experts(x[:count], w1, w2, w3, plan, weights[:count], backend="triton")
+        assert torch.equal(part, whole[:count])
+
+
+@pytest.mark.parametrize("save", ["x", "xh", "xha"])
+def test_backward_keeps_the_bytes_that_save_names(device, save):
+    pytest.importorskip("triton")
+    _, plan, tensors = inputs("random", 32, device, hidden=48, width=16)
+    ours_in = leaves(*(t.bfloat16() for t in tensors[:4]), tensors[4])
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr() if tensor.numel() else 0] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save, backend="triton")
+    floats = [t for t in saved.values() if t.dtype == torch.bfloat16 and t.dim() == 2]
+    # 2 bytes each of D of x, and for each of 3 assignments of 2 F of H and F of a.
+    per_token = 2 * 48 + 2 * 3 * 16 * {"x": 0, "xh": 2, "xha": 3}[save]
+    assert sum(t.numel() * t.element_size() for t in floats) == 32 * per_token
+    others = [t for t in saved.values() if t.dim() not in (2, 3)] + [saved[ours_in[4].data_ptr()]]
+    # float32 weights, int64 indices: a token's weights, its rows' tokens, its rows; offsets.
+    assert {t.dtype for t in others} <= {torch.float32, torch.int64, torch.bfloat16}
+    wide = [t for t in saved.values() if t.dtype != torch.bfloat16]
+    assert sum(t.numel() * t.element_size() for t in wide) == 32 * 3 * (4 + 8 + 8) + 8 * 8
+
+
+def test_nothing_is_kept_without_gradients(device):
+    triton = pytest.importorskip("kernels.swiglu_experts_triton")
+    _, plan, tensors = inputs("random", 9, device)
+    _, h, a = triton.swiglu_experts_op(*as_op(tensors, plan, None, ""))
+    assert h.numel() == a.numel() == 0
+
+
+def test_tensors_between_guards_of_nan(device, backend):
+    _, plan, tensors = inputs("random", 20, device)
+
+    def guarded(tensor):
+        nan = torch.full_like(tensor[:1], torch.nan)
+        return torch.cat([nan, tensor, nan])[1:-1]
+
+    ours_in = [guarded(t).requires_grad_() for t in tensors]
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
+    grad = guarded(randn(20, D, seed=5, device=device))
+    assert all(t.isfinite().all() for t in (out, *gradients(out, grad, *ours_in)))
+
+
+def test_a_row_that_is_not_finite_spoils_its_token_alone(device, backend):
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 20, device)
+    x[7] = torch.nan
+    out = swiglu_experts(x, w1, w2, w3, plan, weights, clamp=1.0, backend=backend)
+    assert out[7].isnan().all()
+    assert out[torch.arange(20, device=device) != 7].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(80))
+def test_random_layers_equal_float64(device, backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width, num_tokens = torch.randint(1, 140, (3,), generator=generator).tolist()
+    case = list(ROUTINGS)[seed % len(ROUTINGS)]
+    save, clamp = ("x", "xh", "xha")[seed % 3], (None, 0.8)[seed % 2]
+    check(device, backend, case, num_tokens, clamp, save, hidden, width)

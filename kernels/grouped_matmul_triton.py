@@ -1,0 +1,413 @@
+"""Triton kernels of `kernels.grouped_matmul`; `kernels.swiglu_experts_triton` is built of them too.
+
+The rows of each expert are cut into tiles of BLOCK_M. How many there are only the GPU knows, so a
+grid has room for as many as there could be, and a map made on the GPU says which expert and rows a
+tile has. Rows behind the last offset are those of one more expert without a matrix.
+
+    tile_map (3, tiles) int32: expert, first row, end of the expert's rows
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot import AotCase
+from kernels.tiles import Tile, choose_tile, load_tiles
+
+MAP_BLOCK = 32
+
+
+@triton.jit
+def _tile_map_kernel(
+    offset_ptr,
+    tile_map_ptr,
+    num_rows,
+    num_experts,
+    num_tiles,
+    BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.arange(0, EXPERTS)
+    first = tl.load(offset_ptr + group, mask=group <= num_experts, other=0).to(tl.int32)
+    end = tl.load(offset_ptr + group + 1, mask=group < num_experts, other=0).to(tl.int32)
+    end = tl.where(group == num_experts, num_rows, end)
+    tiles = tl.where(group <= num_experts, (end - first + BLOCK_M - 1) // BLOCK_M, 0)
+    ends = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = ends[None, :] <= tile[:, None]  # (BLOCK, EXPERTS): experts whose tiles come earlier
+    expert = tl.sum(before.to(tl.int32), 1)
+    earlier = tl.sum(tl.where(before, tiles[None, :], 0), 1)
+    # Tiles that are left over have no rows.
+    exists = expert <= num_experts
+    expert = tl.minimum(expert, num_experts)
+    start = tl.load(offset_ptr + expert).to(tl.int32) + (tile - earlier) * BLOCK_M
+    start = tl.where(exists, start, num_rows)
+    stop = tl.load(offset_ptr + expert + 1, mask=expert < num_experts, other=0).to(tl.int32)
+    stop = tl.where(expert < num_experts, stop, num_rows)
+    inside = tile < num_tiles
+    tl.store(tile_map_ptr + tile, expert, mask=inside)
+    tl.store(tile_map_ptr + num_tiles + tile, start, mask=inside)
+    tl.store(tile_map_ptr + 2 * num_tiles + tile, stop, mask=inside)
+
+
+@triton.jit
+def swizzle(program, num_m, num_n, GROUP_M: tl.constexpr):
+    """(block of M, block of N) of a program: GROUP_M blocks of M share what they read in the L2."""
+    group = program // (GROUP_M * num_n)
+    first = group * GROUP_M
+    size = tl.minimum(num_m - first, GROUP_M)
+    within = program - group * GROUP_M * num_n
+    return first + within % size, within // size
+
+
+@triton.jit
+def rows_of_tile(tile_map_ptr, num_tiles, tile):
+    """(expert, first row, end of the expert's rows) in 64 bits, for addresses."""
+    expert = tl.load(tile_map_ptr + tile).to(tl.int64)
+    first = tl.load(tile_map_ptr + num_tiles + tile).to(tl.int64)
+    end = tl.load(tile_map_ptr + 2 * num_tiles + tile).to(tl.int64)
+    return expert, first, end
+
+
+@triton.jit
+def _linear_kernel(
+    rows_ptr,
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    tile_map_ptr,
+    num_tiles,
+    num_experts,
+    size_n,
+    size_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # out[r, n] = scale[r] sum_k rows[r, k] weight[e, n, k]; 0 in unused rows.
+    blocks_n = tl.cdiv(size_n, BLOCK_N)
+    tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
+    expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        # Behind an edge the last row or column is read again: its result is not stored.
+        from_row = tl.minimum(row, end - 1)[:, None] * size_k + k[None, :]
+        from_column = tl.minimum(column, size_n - 1).to(tl.int64)[None, :] * size_k + k[:, None]
+        weight_ptr += expert * size_n * size_k
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        # Unused rows have no matrix, and no step.
+        steps_end = tl.where(expert < num_experts, size_k, 0)
+        for start in range(0, steps_end, BLOCK_K):
+            left = size_k - start
+            x = tl.load(rows_ptr + from_row + start, mask=k[None, :] < left, other=0.0)
+            w = tl.load(weight_ptr + from_column + start, mask=k[:, None] < left, other=0.0)
+            total = tl.dot(x, w, total, input_precision="ieee")
+        if scale_ptr is not None:
+            used = (row < end) & (expert < num_experts)
+            total *= tl.load(scale_ptr + row, mask=used, other=0.0).to(tl.float32)[:, None]
+        inside = (row < end)[:, None] & (column < size_n)[None, :]
+        at = row[:, None] * size_n + column[None, :]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _transposed_kernel(
+    rows_ptr,
+    weight_ptr,
+    other_weight_ptr,
+    out_ptr,
+    tile_map_ptr,
+    num_tiles,
+    num_experts,
+    size_n,
+    size_k,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # out[r, n] = sum_k rows[r, k] weight[e, k, n]; 0 in unused rows. With two HALVES, rows has
+    # 2 size_k columns, and the second half meets other_weight: one loop with one dot, since two
+    # dots into one accumulator are miscompiled for some chips.
+    blocks_n = tl.cdiv(size_n, BLOCK_N)
+    tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
+    expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        from_row = tl.minimum(row, end - 1)[:, None] * (HALVES * size_k) + k[None, :]
+        from_column = k.to(tl.int64)[:, None] * size_n + column[None, :]
+        weight_ptr += expert * size_n * size_k
+        other_weight_ptr += expert * size_n * size_k
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        steps = tl.cdiv(size_k, BLOCK_K)
+        for step in range(0, tl.where(expert < num_experts, HALVES * steps, 0)):
+            half = step // steps
+            start = (step - half * steps) * BLOCK_K
+            matrix_ptr = tl.where(half == 0, weight_ptr, other_weight_ptr)
+            left = size_k - start
+            x_at = rows_ptr + from_row + half * size_k + start
+            w_at = matrix_ptr + from_column + tl.cast(start, tl.int64) * size_n
+            x = tl.load(x_at, mask=k[None, :] < left, other=0.0)
+            inside_w = (k[:, None] < left) & (column[None, :] < size_n)
+            w = tl.load(w_at, mask=inside_w, other=0.0)
+            total = tl.dot(x, w, total, input_precision="ieee")
+        inside = (row < end)[:, None] & (column < size_n)[None, :]
+        at = row[:, None] * size_n + column[None, :]
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_grad_kernel(
+    left_ptr,
+    right_ptr,
+    left_token_ptr,
+    right_token_ptr,
+    offset_ptr,
+    out_ptr,
+    other_out_ptr,
+    size_m,
+    size_n,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # out[e, m, n] = sum over the rows r of e of left[r, m] right[r, n]; 0 for an idle expert. A
+    # side with a token pointer is read at the row's token. With two HALVES, left has 2 size_m
+    # columns and the second half goes to other_out.
+    blocks_m, blocks_n = tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N)
+    blocks = HALVES * blocks_m * blocks_n
+    expert = tl.program_id(0) // blocks
+    block_m, block_n = swizzle(
+        tl.program_id(0) - expert * blocks, HALVES * blocks_m, blocks_n, GROUP_M
+    )
+    half = block_m // blocks_m
+    m = (block_m - half * blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.load(offset_ptr + expert).to(tl.int64)
+    end = tl.load(offset_ptr + expert + 1).to(tl.int64)
+    lane = tl.arange(0, BLOCK_K).to(tl.int64)
+    left_ptr += half * size_m
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(first, end, BLOCK_K):
+        row = start + lane
+        inside = row < end
+        left_row, right_row = row, row
+        if left_token_ptr is not None:
+            left_row = tl.load(left_token_ptr + row, mask=inside, other=0)
+        if right_token_ptr is not None:
+            right_row = tl.load(right_token_ptr + row, mask=inside, other=0)
+        left_at = left_ptr + left_row[:, None] * (HALVES * size_m) + m[None, :]
+        right_at = right_ptr + right_row[:, None] * size_n + n[None, :]
+        left = tl.load(left_at, mask=inside[:, None] & (m < size_m)[None, :], other=0.0)
+        right = tl.load(right_at, mask=inside[:, None] & (n < size_n)[None, :], other=0.0)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+    out_ptr = tl.where(half == 0, out_ptr, other_out_ptr) + expert.to(tl.int64) * size_m * size_n
+    stored = (m < size_m)[:, None] & (n < size_n)[None, :]
+    at = m.to(tl.int64)[:, None] * size_n + n[None, :]
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+class Groups:
+    """Rows of each expert, and their cuts into tiles, made once for each size of a tile."""
+
+    def __init__(self, expert_offsets: Tensor, num_rows: int):
+        self.offsets = expert_offsets
+        self.num_rows = num_rows
+        self.num_experts = expert_offsets.numel() - 1
+        self._maps: dict[int, Tensor] = {}
+
+    @property
+    def rows_per_expert(self) -> int:
+        """On average; the size that tiles are chosen by."""
+        return self.num_rows // max(self.num_experts, 1)
+
+    def num_tiles(self, block_m: int) -> int:
+        """No routing cuts the rows into more tiles: one at most of each group is not full."""
+        return triton.cdiv(self.num_rows, block_m) + min(self.num_experts + 1, self.num_rows)
+
+    def tile_map(self, block_m: int) -> Tensor:
+        """(3, tiles), see above."""
+        if block_m not in self._maps:
+            num_tiles = self.num_tiles(block_m)
+            tile_map = self.offsets.new_empty(3, num_tiles, dtype=torch.int32)
+            _tile_map_kernel[(triton.cdiv(num_tiles, MAP_BLOCK),)](
+                self.offsets,
+                tile_map,
+                self.num_rows,
+                self.num_experts,
+                num_tiles,
+                BLOCK_M=block_m,
+                EXPERTS=triton.next_power_of_2(self.num_experts + 1),
+                BLOCK=MAP_BLOCK,
+            )
+            self._maps[block_m] = tile_map
+        return self._maps[block_m]
+
+    def tile(self, kernel: str, rows: Tensor) -> Tile:
+        """The tile of `kernel` for these rows on their device."""
+        return choose_tile(kernel, rows.device, rows.dtype, self.rows_per_expert)
+
+
+def linear(rows: Tensor, weight: Tensor, groups: Groups, scale: Tensor | None = None) -> Tensor:
+    """out[r] = scale[r] weight[e] @ rows[r] (R, N) of weight (E, N, K); 0 in unused rows."""
+    size_n, size_k = weight.shape[1:]
+    out = rows.new_empty(rows.shape[0], size_n)
+    if out.numel():
+        tile = groups.tile("grouped_linear", rows)
+        block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
+        num_tiles = groups.num_tiles(block_m)
+        tensors = rows, weight, scale, out, groups.tile_map(block_m)
+        sizes = num_tiles, groups.num_experts, size_n, size_k
+        grid = (num_tiles * triton.cdiv(size_n, block_n),)
+        _linear_kernel[grid](*tensors, *sizes, **tile.options())
+    return out
+
+
+def transposed(rows: Tensor, weights: tuple[Tensor, ...], groups: Groups) -> Tensor:
+    """out[r] = rows[r] @ weight[e] (R, N) of one weight (E, K, N), or of two, each of which meets
+    its half of `rows` (R, 2K); 0 in unused rows."""
+    size_k, size_n = weights[0].shape[1:]
+    out = rows.new_empty(rows.shape[0], size_n)
+    if out.numel():
+        tile = groups.tile("grouped_transposed", rows)
+        block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
+        num_tiles = groups.num_tiles(block_m)
+        tensors = rows, weights[0], weights[-1], out, groups.tile_map(block_m)
+        sizes = num_tiles, groups.num_experts, size_n, size_k
+        grid = (num_tiles * triton.cdiv(size_n, block_n),)
+        _transposed_kernel[grid](*tensors, *sizes, HALVES=len(weights), **tile.options())
+    return out
+
+
+def weight_grads(
+    left: Tensor,
+    right: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+    *,
+    halves: int = 1,
+    left_token: Tensor | None = None,
+    right_token: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(E, M, N), the sum of left[r] right[r]^T over each expert's rows; of each half of `left`.
+
+    A side with a token (R,) is (T, ...) and read at the token of each row. Every entry is stored,
+    zeros for idle experts.
+    """
+    size_m, size_n = left.shape[1] // halves, right.shape[1]
+    shape = groups.num_experts, size_m, size_n
+    outs = tuple(left.new_empty(shape, dtype=dtype) for _ in range(halves))
+    if outs[0].numel():
+        tile = groups.tile("grouped_weight_grad", left)
+        blocks = triton.cdiv(size_m, tile.blocks["BLOCK_M"]) * halves
+        blocks *= triton.cdiv(size_n, tile.blocks["BLOCK_N"])
+        tensors = left, right, left_token, right_token, groups.offsets, outs[0], outs[-1]
+        grid = (groups.num_experts * blocks,)
+        _weight_grad_kernel[grid](*tensors, size_m, size_n, HALVES=halves, **tile.options())
+    return outs
+
+
+@torch.library.custom_op("sparse_moe_lm::grouped_matmul", mutates_args=())
+def grouped_matmul_op(
+    rows: Tensor, weight: Tensor, cast_weight: Tensor | None, expert_offsets: Tensor
+) -> Tensor:
+    """(R, D_out) of rows (R, D_in); `cast_weight` is `weight` in the dtype of `rows`, None if it is
+    in it: the gradient is then that of `weight`, in its own dtype, without another rounding."""
+    matrices = weight if cast_weight is None else cast_weight
+    return linear(rows, matrices, Groups(expert_offsets, rows.shape[0]))
+
+
+@grouped_matmul_op.register_fake
+def _(rows, weight, cast_weight, expert_offsets):
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("sparse_moe_lm::grouped_matmul_backward", mutates_args=())
+def grouped_matmul_backward_op(
+    grad: Tensor, rows: Tensor, matrices: Tensor, expert_offsets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows (R, D_in), 0 where unused, and of the matrices (E, D_out, D_in)."""
+    groups, grad = Groups(expert_offsets, rows.shape[0]), grad.contiguous()
+    (grad_weight,) = weight_grads(grad, rows, groups, dtype)
+    return transposed(grad, (matrices,), groups), grad_weight
+
+
+@grouped_matmul_backward_op.register_fake
+def _(grad, rows, matrices, expert_offsets, dtype):
+    return torch.empty_like(rows), torch.empty_like(matrices, dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    rows, weight, cast_weight, expert_offsets = inputs
+    ctx.save_for_backward(rows, weight if cast_weight is None else cast_weight, expert_offsets)
+    ctx.weight_dtype = weight.dtype
+
+
+def _backward(ctx, grad):
+    grads = grouped_matmul_backward_op(grad, *ctx.saved_tensors, ctx.weight_dtype)
+    return *grads, None, None
+
+
+grouped_matmul_op.register_autograd(_backward, setup_context=_save)
+
+
+def shipped_tiles(kernel: str) -> Iterator[tuple[str, torch.dtype, Tile]]:
+    """(architecture, dtype, tile) of every entry of the table that a chip runs."""
+    for arch, by_dtype in load_tiles()[kernel].items():
+        for name, by_size in by_dtype.items():
+            for tile in by_size.values() if arch != "interpreter" else ():
+                yield arch, getattr(torch, name), tile
+
+
+def aot_arguments(dtype: torch.dtype, arrays: str, indices: str, numbers: str) -> dict[str, Any]:
+    """Types of the arguments of a kernel: pointers to `dtype` and to int64, and integers."""
+    types: dict[str, Any] = {f"{name}_ptr": dtype for name in arrays.split()}
+    types |= {f"{name}_ptr": torch.int64 for name in indices.split()}
+    return types | dict.fromkeys(numbers.split(), int) | {"tile_map_ptr": torch.int32}
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile that ships; in bfloat16 also at sizes that are no multiple of anything."""
+    sizes = ("size_n", "size_k", "size_m")
+    cases = []
+    kernels: list[tuple[str, Any, tuple[str, ...], dict[str, int]]] = [
+        ("grouped_linear", _linear_kernel, ("scale_ptr",), {}),
+        ("grouped_transposed", _transposed_kernel, (), {"HALVES": 1}),
+        (
+            "grouped_weight_grad",
+            _weight_grad_kernel,
+            ("left_token_ptr", "right_token_ptr"),
+            {"HALVES": 1},
+        ),
+    ]
+    for name, kernel, absent, constants in kernels:
+        for arch, dtype, tile in shipped_tiles(name):
+            known = aot_arguments(
+                dtype,
+                "rows weight other_weight out left right other_out",
+                "offset",
+                "num_tiles num_experts size_n size_k size_m",
+            )
+            known |= dict.fromkeys(absent)
+            wide = dtype != torch.float32
+            case = AotCase(kernel, known, tile, constants, sizes, (arch,), spills=not wide)
+            odd = case._replace(divisible=(), spills=True, name="odd")
+            cases += [case, odd] if wide else [case]
+    types = aot_arguments(torch.int64, "offset", "", "num_rows num_experts num_tiles")
+    for num_experts in (8, 256):
+        blocks = {"EXPERTS": triton.next_power_of_2(num_experts + 1), "BLOCK": MAP_BLOCK}
+        cases.append(AotCase(_tile_map_kernel, types, Tile({"BLOCK_M": 128}), blocks))
+    return cases
