@@ -147,8 +147,9 @@ def linear_cross_entropy(
         # Large enough for the matmuls, and for few passes over the (V, D) sum.
         chunk = min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0]))
         chunk = max(16, chunk // 16 * 16)
-        loss, z_loss, num_tokens, _, _ = linear_cross_entropy_op(x, weight, labels, *options, chunk)
-        return LinearCrossEntropy(loss, z_loss, num_tokens)
+        with no_autocast(x):
+            outputs = linear_cross_entropy_op(x, weight, labels, *options, chunk)
+        return LinearCrossEntropy(*outputs[:3])
     with no_autocast(x):
         outputs = _LinearCrossEntropy.apply(x, weight, labels, *options)
     return LinearCrossEntropy(*outputs)

@@ -393,6 +393,25 @@ def test_addresses_beyond_two_to_the_31(device):
     assert torch.equal(far, expected[1])
 
 
+@pytest.mark.parametrize("num_classes", [200, 5000, 256_003])
+def test_tiles_of_real_chips_give_the_same_rows(device, monkeypatch, num_classes):
+    triton = pytest.importorskip("kernels.cross_entropy_triton")
+    tile = triton._tile(num_classes, "sm_90")
+    assert tile.blocks["BLOCK_CLASSES"] == min(4096, 2 ** math.ceil(math.log2(num_classes)))
+    monkeypatch.setattr(triton, "_tile", lambda *_: tile)
+    logits = randn(5, num_classes, seed=1, device=device) * 3
+    labels = torch.tensor([0, num_classes - 1, -100, num_classes // 2, 7], device=device)
+    losses, grads = kernel_rows(logits, labels, device)
+    wide = logits.double()
+    lse, counted = wide.logsumexp(-1), labels >= 0
+    own = wide.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    assert_equals(losses[0], (lse - own) * counted)
+    assert_equals(losses[1], lse.square() * counted)
+    expected = wide.softmax(-1) * (1 + 2 * 0.1 * lse)[:, None]
+    expected[torch.arange(5), labels.clamp(min=0)] -= 1
+    assert_equals(grads, expected * counted[:, None] / 4)
+
+
 def test_operator_is_registered_soundly(device):
     triton = pytest.importorskip("kernels.cross_entropy_triton")
     x, weight, labels = inputs(9, device)
