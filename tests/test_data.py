@@ -3,7 +3,11 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -13,11 +17,11 @@ import torch
 from data_cases import BYTES, all_documents, documents_of, equal, prepare, stream_of, write_texts
 
 from train import data as data_module
-from train import token_files
+from train import readers, token_files
 from train.corpus import DOMAINS, NO_DOWNLOAD_DOMAINS
 from train.data import DataConfig, describe, prepare_data
 from train.documents import select_documents
-from train.readers import Source
+from train.readers import Source, read_files
 from train.tokenizer import ByteTokenizer, TokenizerConfig
 
 pytest_plugins = ["data_fixtures"]
@@ -191,6 +195,13 @@ def test_text_that_begins_late_in_a_file_is_found(tmp_path):
     assert len(all_documents(prepare(tmp_path, tmp_path / "a.jsonl"))) == 30
 
 
+def test_a_text_that_looks_like_a_time_or_a_number_stays_text(tmp_path):
+    texts = ["2020-01-01 00:00:00", "2021-02-03", "12"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert all_documents(prepare(tmp_path, tmp_path / "a.jsonl")) == sorted(texts)
+
+
 def test_a_json_file_may_be_one_list(tmp_path):
     rows = [{"text": "a"}, {"text": "b"}, {"text": None}]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -208,6 +219,78 @@ def test_line_ends_become_newlines_and_a_byte_order_mark_goes(tmp_path):
     assert all_documents(data) == ["a\nb\n", "c\nd", "e\r\nf", "g"]
 
 
+def test_all_kinds_of_text_and_other_columns_of_parquet_are_read(tmp_path):
+    string, number = pyarrow.string(), pyarrow.int32()
+    kinds = [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(number, string)]
+    others = pyarrow.array([[("a", 1)], None], pyarrow.map_(string, number))
+    for index, kind in enumerate(kinds):
+        columns = {"a.b": pyarrow.array([f"one {index}", f"two {index}"], kind), "other": others}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{index}.parquet")
+    domain = {"name": "d0", "files": str(tmp_path / "*.parquet"), "text_field": "a.b"}
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), domains=[domain])
+    data = prepare_data(config, BYTES, progress=False)
+    assert all_documents(data) == [f"{word} {i}" for word in ("one", "two") for i in range(3)]
+
+
+def test_the_files_of_a_domain_are_read_in_their_order_whatever_their_size(tmp_path, monkeypatch):
+    texts = [f"{i} \ufeffé\u2028" + "long\r\n" * (i % 3 * 100) for i in range(20)]
+    files = write_texts(tmp_path / "in", texts)
+    packed = files[7].with_suffix(".txt.gz")
+    packed.write_bytes(gzip.compress(texts[7].encode()))
+    files[7] = packed
+    source = Source("s", "data.domains.0", tuple(files), "text", "0", tmp_path / "cache")
+    expected = [text.replace("\r\n", "\n") for text in texts]
+    assert list(read_files(source)) == expected
+    monkeypatch.setattr(readers, "_LARGEST_DATASETS_TEXT", 300)
+    assert list(read_files(source)) == expected
+
+
+def test_long_files_of_lines_are_read_as_python_reads_them(tmp_path):
+    # More than one block of 10 million characters, with a line across its end.
+    path = tmp_path / "a.jsonl"
+    texts = [f"{i} é\u2028\x85 " + "x" * 9_993 for i in range(1500)]
+    path.write_bytes("\r\n".join(json.dumps({"text": text}) for text in texts).encode())
+    source = Source("s", "data.domains.0", (path,), "text", "0", tmp_path / "cache")
+    assert list(read_files(source)) == texts
+
+
+ALONE = """
+import socket, sys
+from pathlib import Path
+from train.readers import Source, read_files
+
+def never(*arguments, **options):
+    raise AssertionError("network")
+
+socket.socket.connect = socket.getaddrinfo = never
+files = tuple(map(Path, sys.argv[2:]))
+source = Source("s", "data.domains.0", files, "text", "0", Path(sys.argv[1]))
+print(ascii(list(read_files(source))))
+"""
+
+
+def test_local_files_need_no_network_no_home_and_no_locale(tmp_path):
+    texts = tmp_path / "a.txt"
+    texts.write_text("text é", encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("packed é".encode()))
+    (tmp_path / "c.jsonl").write_text('{"text": "line é"}', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row é"]}), tmp_path / "d.parquet")
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    home = tmp_path / "home"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    # Without Python's own remedies this locale is ASCII.
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "cache"), *files],
+        env={**environment, **ascii_only, "HOME": str(home), "XDG_CACHE_HOME": str(home)},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().strip() == ascii(["text é", "packed é", "line é", "row é"])
+    assert not home.exists()
+
+
 def test_a_file_that_is_reached_twice_is_read_once(tmp_path):
     (path,) = write_texts(tmp_path / "in", ["text"])
     (tmp_path / "in" / "link.txt").symlink_to(path)
@@ -217,7 +300,9 @@ def test_a_file_that_is_reached_twice_is_read_once(tmp_path):
     assert data.notes == ("d0: one short document only, all of it for training",)
 
 
-@pytest.mark.parametrize("name", ["a[1].txt", "a::b.txt", "한글 *.txt", "README.md", "a.jsonl.txt"])
+@pytest.mark.parametrize(
+    "name", ["a[1].txt", "http:b#?.txt", "한글 *.txt", "README.md", "a.jsonl.txt", ".hidden"]
+)
 def test_a_name_is_a_name_and_no_pattern_or_address(tmp_path, name):
     path = tmp_path / name
     path.write_text("text", encoding="utf-8")
@@ -287,7 +372,7 @@ def test_a_big_vocabulary_takes_four_bytes():
 def test_selection_counts_each_text_once(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "a", " "]}), path)
-    source = Source("s", "data.domains.0", (path,), "text", "0")
+    source = Source("s", "data.domains.0", (path,), "text", "0", tmp_path / "cache")
     selection = select_documents(source, None, 0.5, progress=False)
     assert len(selection.train) == len(selection.validation) == 1
     assert set(selection.notes) == {

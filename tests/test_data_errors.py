@@ -139,6 +139,15 @@ def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path):
             prepare(tmp_path, path)
 
 
+@pytest.mark.parametrize("name", ["a::b/c.txt", "a::b.jsonl", "a::b.parquet"])
+def test_a_path_with_two_colons_has_to_be_renamed(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(_parquet(["a", "b"]) if name.endswith("t") else b"[]")
+    with pytest.raises(DataError, match=_D0 + ".* has :: in its path.*; rename the file or its"):
+        prepare(tmp_path, path)
+
+
 def test_links_in_circles_end_in_a_message(tmp_path):
     write_texts(tmp_path / "in", ["text"])
     for name in ("one", "two"):

@@ -215,7 +215,7 @@ def check_sources(config: DataConfig, tokenizer: TokenizerConfig) -> None:
     missing = []
     for index, domain in enumerate(config.domains):
         if domain.files:
-            check_local(domain, f"data.domains.{index}")
+            check_local(domain, f"data.domains.{index}", cache_dir)
         on_disk = DOMAINS.get(domain.corpus or "")
         if isinstance(on_disk, OnDisk):
             try:

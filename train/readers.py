@@ -4,17 +4,29 @@ Text files are one document each. JSON (lines, or one list) and Parquet have a c
 without text there, or with a number or a list, is counted and left out, and a file where that is
 the rule is refused. Bytes that are not UTF-8 text are refused with their place, unless
 `invalid_utf8: replace` allows them.
+
+Hugging Face `datasets` (5.2) reads the files, streaming, with two exceptions that are opened here:
+    .gz                     it ignores `encoding` and `encoding_errors` there: the encoding is that
+                            of the locale, and nothing is replaced
+    a text file > 512 MiB   it makes one Arrow value of a document, which ends at 2 GiB
 """
 
+import atexit
 import codecs
+import glob
 import gzip
 import io
 import json
+import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
+import pyarrow
 import pyarrow.parquet
 
 from train.errors import DataError
@@ -23,7 +35,10 @@ from train.errors import DataError
 _SMALLEST_TEXT_SHARE = 0.5
 # Above this share of undecodable characters, a file is not text at all: compressed files have 0.45.
 _LARGEST_BROKEN_SHARE = 0.3
-_READ_BATCH = 64
+# A replaced byte becomes three: such a text has at most 1.5 GiB.
+_LARGEST_DATASETS_TEXT = 1 << 29
+_PARQUET_BATCH = 64
+_ARROW_THREADS_END_S = 0.2
 _LISTED_COLUMNS = 10
 _BLOCK_BYTES = 1 << 20
 # How much `check_file` reads of a file.
@@ -42,6 +57,7 @@ class Source(NamedTuple):
     """Files on disk that hold one domain's documents.
 
     setting: the dotted path of the domain in the config, which messages begin with.
+    cache_dir: `data.cache_dir`; `datasets` puts its lock files there.
     notes: lines about what was left out when the files were made.
     """
 
@@ -50,6 +66,7 @@ class Source(NamedTuple):
     files: tuple[Path, ...]
     text_field: str
     sha256: str
+    cache_dir: Path
     invalid_utf8: Literal["stop", "replace"] = "stop"
     notes: tuple[str, ...] = ()
 
@@ -78,34 +95,95 @@ def read_files(source: Source, notes: list[str] | None = None) -> Iterator[str]:
     Raises:
         DataError: if a file cannot be read, or hardly any of its rows holds text; names it.
     """
-    for file in source.files:
-        with _naming(source, file):
-            if file_kind(file) == "text":
-                with _open_text(source, file) as stream:
-                    yield stream.read()
-            else:
-                yield from _texts_of_rows(source, file, notes)
+    for together, group in groupby(source.files, _is_text_for_datasets):
+        files = list(group)
+        if together:
+            # At once: to open each by itself takes twenty times as long.
+            named = files[0] if len(files) == 1 else f"one of {len(files)} text files"
+            with _naming(source, named):
+                for row in _rows(source, files, "text", sample_by="document"):
+                    yield row["text"]
+            continue
+        for file in files:
+            with _naming(source, file):
+                if file_kind(file) == "text":
+                    with _open_text(source, file) as stream:
+                        yield stream.read()
+                else:
+                    yield from _texts_of_rows(source, file, notes)
+
+
+def _is_text_for_datasets(file: Path) -> bool:
+    if file_kind(file) != "text" or file.suffix == ".gz":
+        return False
+    # A file that is gone is reported where it is opened.
+    return not os.path.exists(file) or os.path.getsize(file) <= _LARGEST_DATASETS_TEXT
+
+
+def _rows(source: Source, files: list[Path], kind: str, **options: Any) -> Iterator[dict[str, Any]]:
+    """The rows that `datasets` finds in local files; for "text", decoded as the source says."""
+    if kind == "text":
+        options |= {
+            "keep_linebreaks": True,
+            "encoding": "utf-8-sig",
+            "encoding_errors": _decoding_errors(source),
+        }
+    yield from hf_datasets().load_dataset(
+        kind,
+        # It takes every name for a pattern.
+        data_files=[glob.escape(_location(source, file)) for file in files],
+        split="train",
+        streaming=True,
+        cache_dir=str(source.cache_dir / "datasets"),
+        **options,
+    )
+
+
+def _location(source: Source, file: Path) -> str:
+    """The absolute path of a file that `datasets` can open."""
+    path = str(file.absolute())
+    if "::" in path:
+        raise DataError(
+            f"{source}: {path} has :: in its path, which the `datasets` library takes for an "
+            f"address; rename the file or its folder"
+        )
+    return path
+
+
+@cache
+def hf_datasets() -> Any:
+    """The library, imported late: it takes a second, and reading a config does not need it."""
+    import datasets
+
+    # Arrow's threads end a moment after the last row of a streamed Parquet file; the end of the
+    # interpreter in that moment aborts the process (github.com/apache/arrow/issues/45214).
+    atexit.register(time.sleep, _ARROW_THREADS_END_S)
+    datasets.disable_progress_bars()
+    # It logs what it also raises; the user gets one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 @contextmanager
-def _naming(source: Source, file: Path) -> Iterator[None]:
+def _naming(source: Source, named: Path | str) -> Iterator[None]:
     """Any error of the block as a DataError that names the file."""
     try:
         yield
     except (DataError, MemoryError):
         raise
-    # The system, gzip and Parquet each raise their own errors.
+    # The system, gzip, Parquet and `datasets` each raise their own errors.
     except Exception as error:
         raise DataError(
-            f"{source}: {file} cannot be read ({first_line(error)}); repair it or leave it out"
+            f"{source}: {named} cannot be read ({first_line(error)}); repair it or leave it out"
         ) from error
 
 
 def _texts_of_rows(source: Source, file: Path, notes: list[str] | None) -> Iterator[str]:
     columns: list[str] = []
+    rows: Iterator[tuple[str, Any]]
     if file_kind(file) == "parquet":
-        columns, _ = _parquet_columns(source, file)
-        rows = _parquet_rows(source, file)
+        schema, _ = _parquet_schema(source, file)
+        columns, rows = schema.names, _parquet_rows(source, file, schema)
     else:
         rows = _json_rows(source, file)
     census = Census(f"{source.setting}.text_field", source.text_field, str(file), columns)
@@ -121,19 +199,28 @@ def _texts_of_rows(source: Source, file: Path, notes: list[str] | None) -> Itera
 
 
 def _json_rows(source: Source, file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, object) of each. Parsed by line: a reader of whole columns, such as pyarrow's or that
-    of `datasets`, makes text of numbers or takes the columns from the first rows."""
-    with _open_text(source, file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            place = f"line {number}"
-            if line.lstrip().startswith("["):
-                whole = line + stream.read()
-                items = _parse_json(source, f"{file}, from {place} on,", whole)
-                yield from ((f"entry {index}", item) for index, item in enumerate(items, 1))
-                return
-            yield place, _parse_json(source, f"{file}, {place},", line)
+    """(place, object) of each line, or of each entry of a list."""
+    lines = _lines(source, file)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        if line.lstrip().startswith("["):
+            whole = line + "".join(lines)
+            items = _parse_json(source, f"{file}, from {place} on,", whole)
+            yield from ((f"entry {index}", item) for index, item in enumerate(items, 1))
+            return
+        yield place, _parse_json(source, f"{file}, {place},", line)
+
+
+def _lines(source: Source, file: Path) -> Iterator[str]:
+    if file.suffix == ".gz":
+        with _open_text(source, file) as stream:
+            yield from stream
+    else:
+        # Not as "json", which makes a time of a text that looks like one, and names no line.
+        for row in _rows(source, [file], "text", sample_by="line"):
+            yield row["text"]
 
 
 def _parse_json(source: Source, where: str, text: str) -> Any:
@@ -147,22 +234,23 @@ def _parse_json(source: Source, where: str, text: str) -> Any:
         ) from error
 
 
-def _parquet_rows(source: Source, file: Path) -> Iterator[tuple[str, Any]]:
-    column, number = source.text_field, 0
-    with pyarrow.parquet.ParquetFile(file) as opened:
-        for batch in opened.iter_batches(_READ_BATCH, columns=[column]):
-            for value in batch.column(column).to_pylist():
-                number += 1
-                yield f"row {number}", {column: value}
+def _parquet_rows(source: Source, file: Path, schema: pyarrow.Schema) -> Iterator[tuple[str, Any]]:
+    column = source.text_field
+    # Told the type of this one, `datasets` does not stop at types of others that it does not know.
+    wanted = pyarrow.schema([(column, schema.field(column).type)])
+    features = hf_datasets().Features.from_arrow_schema(wanted)
+    options = {"columns": [column], "features": features, "batch_size": _PARQUET_BATCH}
+    for number, row in enumerate(_rows(source, [file], "parquet", **options), 1):
+        yield f"row {number}", row
 
 
-def _parquet_columns(source: Source, file: Path) -> tuple[list[str], int]:
-    """Names of a file's columns, the one of the text among them, and how many rows it has."""
+def _parquet_schema(source: Source, file: Path) -> tuple[pyarrow.Schema, int]:
+    """A file's columns, the one of the text among them, and how many rows it has."""
     with pyarrow.parquet.ParquetFile(file) as opened:
-        columns, num_rows = opened.schema_arrow.names, opened.metadata.num_rows
-    if source.text_field not in columns:
-        raise no_column(f"{source.setting}.text_field", source.text_field, str(file), columns)
-    return columns, num_rows
+        schema, num_rows = opened.schema_arrow, opened.metadata.num_rows
+    if source.text_field not in schema.names:
+        raise no_column(f"{source.setting}.text_field", source.text_field, str(file), schema.names)
+    return schema, num_rows
 
 
 def _whole(text: str, source: Source, where: str) -> str:
@@ -260,10 +348,11 @@ def check_file(source: Source, file: Path) -> bool:
         DataError: if it cannot be opened, has no such column, or does not begin as text.
     """
     with _naming(source, file):
+        _location(source, file)
         if file.stat().st_size == 0:
             return False
         if file_kind(file) == "parquet":
-            return _parquet_columns(source, file)[1] > 0
+            return _parquet_schema(source, file)[1] > 0
         return _scan(source, file, _SNIFFED_BYTES)[0] > 0
 
 
@@ -287,7 +376,7 @@ def files_with_invalid_utf8(source: Source) -> list[Path]:
 def _scan(source: Source, file: Path, num_bytes: int | None = None) -> tuple[int, int]:
     """(characters, of them undecodable) of a file, or of its first `num_bytes`."""
     replace = source.invalid_utf8 == "replace"
-    decoder = codecs.getincrementaldecoder("utf-8")("replace" if replace else "strict")
+    decoder = codecs.getincrementaldecoder("utf-8")(_decoding_errors(source))
     position = num_chars = broken = nulls = 0
     head = b""
     block_bytes = num_bytes or _BLOCK_BYTES
@@ -336,8 +425,11 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _open_text(source: Source, file: Path) -> IO[str]:
-    errors = "replace" if source.invalid_utf8 == "replace" else "strict"
-    return io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors=errors)
+    return io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors=_decoding_errors(source))
+
+
+def _decoding_errors(source: Source) -> str:
+    return "replace" if source.invalid_utf8 == "replace" else "strict"
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from train.readers import (
     check_file,
     file_kind,
     first_line,
+    hf_datasets,
     no_column,
 )
 from train.store import disk_is_full, file_sha256, key_of, new_entry, read_entry
@@ -133,10 +134,19 @@ def find_source(domain: DomainConfig, index: int, corpus: Corpus, max_bytes: int
         files, field = find_files(domain, setting), domain.text_field
     hashes = [(file_kind(file), _sha256_of(file, f"{setting} ({domain.name})")) for file in files]
     content = key_of(_READER_VERSION, field, domain.invalid_utf8, hashes)
-    return Source(domain.name, setting, files, field, content, domain.invalid_utf8, notes)
+    return Source(
+        domain.name,
+        setting,
+        files,
+        field,
+        content,
+        corpus.cache_dir,
+        domain.invalid_utf8,
+        notes,
+    )
 
 
-def check_local(domain: DomainConfig, setting: str) -> None:
+def check_local(domain: DomainConfig, setting: str, cache_dir: Path) -> None:
     """Look whether a domain's local files are there and begin as what they are by their names.
 
     Raises:
@@ -144,7 +154,9 @@ def check_local(domain: DomainConfig, setting: str) -> None:
         ConfigError: if a setting has no effect on such files.
     """
     files = find_files(domain, setting)
-    source = Source(domain.name, setting, files, domain.text_field, "", domain.invalid_utf8)
+    source = Source(
+        domain.name, setting, files, domain.text_field, "", cache_dir, domain.invalid_utf8
+    )
     # Every file is looked at, not only those before the first that holds something.
     full = [file for file in files if check_file(source, file)]
     if not full:
@@ -304,13 +316,3 @@ def _hub_texts(
             census.finish()
     note = census.finish()
     return texts, [f"{domain.name}: {note}"] if note else []
-
-
-def hf_datasets() -> Any:
-    """The library, imported late: it takes a second, and reading a config does not need it."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    # It logs what it also raises; the user gets one line.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
