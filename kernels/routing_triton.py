@@ -21,7 +21,7 @@ from kernels.launch import MATMUL_DTYPES
 from kernels.tiles import Tile, architecture
 
 # Scores of the block of one program; more of them in the interpreter, where each step costs alike.
-BLOCK_SCORES = 2048
+BLOCK_SCORES = 1024
 INTERPRETED_TOKENS = 128
 # Below the rank of any score.
 _TAKEN = tl.constexpr(-(2**63))

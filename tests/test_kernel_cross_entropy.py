@@ -19,7 +19,11 @@ from conftest import (
 from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy's, in the interpreter, where a test puts in NaN or infinity.
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
 D, V = 17, 131
 
 

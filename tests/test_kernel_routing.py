@@ -15,7 +15,11 @@ from conftest import (
 
 from kernels.routing import fused_topk, lowest_index_topk
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy's, in the interpreter, where a test puts in NaN or infinity.
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
 
 
 def oracle(logits, top_k, score, normalize, bias=None, groups=None):
@@ -172,6 +176,24 @@ def test_weights_of_underflowing_sigmoids_are_finite(device, backend):
     assert grad.isfinite().all()
 
 
+def test_weights_of_a_sum_below_the_least_have_the_gradient_of_the_floor(device, backend):
+    # p is about 2e-22: divided by the floor of 1e-20, not by their sum.
+    (logits,) = leaves(torch.tensor([[-50.0, -49.5, -60.0]], device=device))
+    weights = fused_topk(logits, 2, score="sigmoid", backend=backend).topk_weights
+    expected = torch.tensor([[-49.5, -50.0]], device=device).double().exp() / 1e-20
+    assert relative_error(weights, expected) < 1e-5
+    (grad,) = gradients(weights, torch.tensor([[3.0, 7.0]], device=device), logits)
+    right = [7 * expected[0, 1], 3 * expected[0, 0], 0.0]
+    assert relative_error(grad, torch.tensor([right], dtype=torch.float64)) < 1e-5
+
+
+def test_the_least_number_ties_with_minus_infinity_in_both_bodies(device, backend):
+    logits = torch.tensor([[-torch.inf, -3.4028235e38, 0.0, -torch.inf]], device=device)
+    for top_k in (2, 4):
+        indices = fused_topk(logits, top_k, score="sigmoid", backend=backend).topk_indices
+        assert indices.tolist() == [[2, 0, 1, 3][:top_k]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -290,15 +312,44 @@ def test_many_choices_of_many_experts(device, backend):
         assert_equals(ours.topk_weights, torch.from_numpy(weights))
 
 
-def test_rows_are_read_within_bounds_and_columns_of_a_wider_matrix_in_place(device, backend):
-    wide = torch.full((9, 20), torch.nan, device=device)
-    wide[2:7, 4:15] = randn(5, 11, seed=1, device=device)
-    logits = wide[2:7, 4:15]
-    ours = fused_topk(logits, 3, backend=backend)
-    for a, b in zip(ours, fused_topk(logits.clone(), 3, backend=backend), strict=True):
-        assert torch.equal(a, b)
+def test_rows_around_the_inputs_are_not_read(device, backend):
+    padded = torch.full((9, 11), torch.nan, device=device)
+    padded[2:7] = randn(5, 11, seed=1, device=device)
+    bias = torch.full((20,), torch.nan, device=device)
+    bias[4:15] = 0.1
+    logits = padded[2:7].detach().requires_grad_()
+    ours = fused_topk(logits, 3, bias=bias[4:15], backend=backend)
+    weights, indices, probs = oracle(logits.detach().cpu(), 3, "softmax", True)
+    assert ours.topk_indices.tolist() == indices.tolist()
+    assert_equals(ours.topk_weights, torch.from_numpy(weights))
+    assert_equals(ours.router_probs, torch.from_numpy(probs))
     assert ours.logits_finite.all()
-    assert ours.router_probs.isfinite().all()
+    (grad,) = torch.autograd.grad(ours.topk_weights[:, 0].sum(), [logits])
+    assert grad.isfinite().all()
+
+
+def test_columns_of_a_wider_matrix(device, backend):
+    wide = torch.full((5, 20), torch.nan, device=device)
+    wide[:, 4:15] = randn(5, 11, seed=1, device=device)
+    ours = fused_topk(wide[:, 4:15], 3, backend=backend)
+    for a, b in zip(ours, fused_topk(wide[:, 4:15].clone(), 3, backend=backend), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("num_experts", "groups"), [(8, None), (60, (5, 2)), (256, (8, 4))])
+def test_tiles_of_real_chips_give_the_same_bits(device, monkeypatch, num_experts, groups):
+    triton = pytest.importorskip("kernels.routing_triton")
+    (logits,) = leaves(randn(40, num_experts, seed=1, device=device))
+
+    def once():
+        out = fused_topk(logits, 4, groups=groups, backend="triton")
+        total = (out.topk_weights**2).sum() + (out.router_probs**2).sum()
+        return *out, torch.autograd.grad(total, [logits])[0]
+
+    expected, tile = once(), triton._tile(num_experts, "sm_90")
+    assert tile.blocks["BLOCK_TOKENS"] == min(64, 1024 // tile.blocks["BLOCK_EXPERTS"])
+    monkeypatch.setattr(triton, "_tile", lambda *_: tile)
+    assert all(torch.equal(a, b) for a, b in zip(once(), expected, strict=True))
 
 
 def test_gradient_of_bfloat16_logits_and_of_one_output_alone(device, backend):
