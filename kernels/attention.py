@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench import Case, leaf
-from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+from kernels.launch import (
+    check_same_device,
+    check_shape,
+    compute_dtype,
+    no_autocast,
+    resolve_backend,
+)
 
 # Rows of queries per block of the short-sequence path; keys after a block are never computed.
 BLOCK_QUERIES = 64
 # Up to here the plain path beats the flash kernel on a CPU (1.1-1.4 times in float32, 1.8-2.8 in
 # bfloat16, forward and backward); beyond, the probabilities it saves (H S^2 / 2 a row) grow large.
 SHORT_KEYS = 1024
+# The widest head of the Triton kernels.
+TRITON_HEAD_DIM = 256
 
 
 def visible_keys(
@@ -131,12 +139,14 @@ def fused_attention(
         document_ids: (B, S_k) int, equal within a document; None: one document a row.
         window: keys that a query sees, itself included; None: all before it.
         scale: of the scores, by default 1/sqrt(P).
-        deterministic: equal bits from equal calls; the PyTorch bodies always are.
+        deterministic: equal bits from equal calls. False lets the Triton backward pass add dQ by
+            atomics, with 5 matmuls instead of 7; the PyTorch bodies are always deterministic.
         backend: `auto`, `triton` or `torch`.
     Returns:
         (B, S, H, P) in the dtype of the matmuls (autocast's, else that of `q`).
     Raises:
-        ValueError: if the shapes do not fit or `window` is not positive.
+        ValueError: if the shapes do not fit, `window` is not positive, or `triton` is asked for
+            with P above 256.
     Source: Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
     """
     op = "fused_attention"
@@ -145,6 +155,8 @@ def fused_attention(
     check_shape(op, "k", k, (batch, None, None, head_dim))
     check_shape(op, "v", v, tuple(k.shape))
     num_keys, groups = k.shape[1:3]
+    if not groups or not head_dim:
+        raise ValueError(f"{op}: {groups} key-value heads of size {head_dim}: needs one at least")
     if num_heads % groups:
         raise ValueError(f"{op}: {num_heads} query heads cannot share {groups} key-value heads")
     if num_keys < num_queries:
@@ -153,10 +165,27 @@ def fused_attention(
         raise ValueError(f"{op}: window ({window}) must be at least 1")
     if document_ids is not None:
         check_shape(op, "document_ids", document_ids, (batch, num_keys))
-    resolve_backend(op, backend, q)
+        if document_ids.is_floating_point():
+            raise ValueError(f"{op}: document_ids is {document_ids.dtype}, needs integers")
+    if backend == "triton" and head_dim > TRITON_HEAD_DIM:
+        raise ValueError(
+            f"{op}: backend 'triton' takes heads of {TRITON_HEAD_DIM} at most, got {head_dim}; "
+            "use 'auto' or 'torch'"
+        )
+    fits = head_dim <= TRITON_HEAD_DIM
+    implementation = resolve_backend(op, backend, q, has_triton=fits)
     scale = head_dim**-0.5 if scale is None else scale
     dtype = compute_dtype(q)
-    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, heads, S, P)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    if scale <= 0:
+        # Flash kernels, PyTorch's too, take the highest score and hide keys before they scale.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    if implementation == "triton":
+        from kernels.attention_triton import attend
+
+        check_same_device(op, q=q, k=k, v=v, document_ids=document_ids)
+        return attend(q, k, v, document_ids, window, scale, deterministic)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, P)
     plain_causal = document_ids is None and window is None and num_keys == num_queries
     with no_autocast(q):
         if _prefers_short_path(q, num_keys):

@@ -1,9 +1,19 @@
-"""Does attention see the keys it may see, and no others, on both code paths?"""
+"""Does attention see the keys it may see, and no others, on every code path?"""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_bfloat16, assert_equals, gradients, leaves, randn, relative_error
+from conftest import (
+    HAS_TRITON,
+    assert_bfloat16,
+    assert_equals,
+    gradients,
+    leaves,
+    randn,
+    relative_error,
+)
 
 from kernels import attention
 from kernels.attention import fused_attention
@@ -11,12 +21,16 @@ from kernels.attention import fused_attention
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=["short path", "flash path"])
-def path(request, monkeypatch):
-    """Both code paths whatever the length; on a GPU they may be one."""
+@pytest.fixture(params=["short path", "flash path", "triton"])
+def attend(request, monkeypatch):
+    """`fused_attention` by each code path whatever the length; on a GPU two may be one."""
+    if request.param == "triton":
+        if not HAS_TRITON:
+            pytest.skip("triton is not installed")
+        return partial(fused_attention, backend="triton")
     if request.param == "flash path":
         monkeypatch.setattr(attention, "SHORT_KEYS", -1)
-    return request.param
+    return partial(fused_attention, backend="torch")
 
 
 def oracle(q, k, v, document_ids=None, window=None, scale=None):
@@ -57,9 +71,9 @@ def documents(batch, seq_len, device):
     return starts.cumsum(-1).int().to(device)
 
 
-def check(tensors, **options):
+def check(attend, tensors, **options):
     exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
-    exact, ours = oracle(*exact_in, **options), fused_attention(*ours_in, **options)
+    exact, ours = oracle(*exact_in, **options), attend(*ours_in, **options)
     assert_equals(ours, exact, "output")
     grad = randn(*ours.shape, seed=5, device=ours.device)
     for name, actual, expected in zip(
@@ -72,23 +86,24 @@ def check(tensors, **options):
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-def test_attention_and_its_gradients_equal_float64(device, path, heads, window, with_documents):
+def test_attention_and_its_gradients_equal_float64(device, attend, heads, window, with_documents):
     tensors = qkv(2, 19, heads[0], 10, device, groups=heads[1])
     document_ids = documents(2, 19, device) if with_documents else None
-    check(tensors, window=window, document_ids=document_ids)
+    check(attend, tensors, window=window, document_ids=document_ids)
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 18, 19])
+@pytest.mark.parametrize("num_queries", [1, 18, 19])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_last_query_meets_last_key_of_a_cache(device, path, num_queries, window, with_documents):
-    tensors = qkv(2, num_queries, 4, 6, device, num_keys=19, groups=2)
+def test_last_query_meets_last_key_of_a_cache(device, attend, num_queries, window, with_documents):
+    tensors = qkv(2, num_queries, 2, 6, device, num_keys=19, groups=1)
     document_ids = documents(2, 19, device) if with_documents else None
-    check(tensors, window=window, document_ids=document_ids)
+    check(attend, tensors, window=window, document_ids=document_ids)
 
 
+@pytest.mark.parametrize("attend", ["short path", "flash path"], indirect=True)
 @pytest.mark.parametrize("num_queries", [1, 63, 127, 128, 129, 300])
-def test_blocks_of_queries_equal_sdpa_in_float64(device, path, num_queries):
+def test_blocks_of_queries_equal_sdpa_in_float64(device, attend, num_queries):
     tensors = qkv(2, num_queries, 4, 9, device, groups=2)
     exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
     document_ids = documents(2, num_queries, device)
@@ -98,7 +113,7 @@ def test_blocks_of_queries_equal_sdpa_in_float64(device, path, num_queries):
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         visible = {"is_causal": True} if mask is None else {"attn_mask": mask.unsqueeze(1)}
         exact = F.scaled_dot_product_attention(q, k, v, **visible).transpose(1, 2)
-        ours = fused_attention(*ours_in, document_ids=None if mask is None else document_ids)
+        ours = attend(*ours_in, document_ids=None if mask is None else document_ids)
         assert_equals(ours, exact, "output")
         grad = randn(*ours.shape, seed=5, device=device)
         for name, actual, expected in zip(
@@ -108,13 +123,14 @@ def test_blocks_of_queries_equal_sdpa_in_float64(device, path, num_queries):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("attend", ["short path", "flash path"], indirect=True)
 @pytest.mark.parametrize("num_queries", [1000, 1025, 1500])
-def test_long_sequences_equal_sdpa_in_float64(device, path, num_queries):
+def test_long_sequences_equal_sdpa_in_float64(device, attend, num_queries):
     tensors = qkv(1, num_queries, 2, 16, device)
     exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
     q, k, v = (t.transpose(1, 2) for t in exact_in)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    ours = fused_attention(*ours_in)
+    ours = attend(*ours_in)
     assert_equals(ours, exact, "output")
     grad = randn(*ours.shape, seed=5, device=device)
     for name, actual, expected in zip(
@@ -124,59 +140,60 @@ def test_long_sequences_equal_sdpa_in_float64(device, path, num_queries):
         assert_equals(actual, expected, name, least=1.0)
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.7, None])
-def test_scale_multiplies_the_scores(device, path, scale):
-    check(qkv(1, 9, 2, 4, device), scale=scale)
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 0.01, 0.7, None])
+def test_scale_multiplies_the_scores(device, attend, scale):
+    check(attend, qkv(1, 9, 2, 4, device), scale=scale)
 
 
-def test_empty_batches_and_sequences(device, path):
+def test_empty_batches_and_sequences(device, attend):
     for shape in ((0, 5), (2, 0)):
         tensors = leaves(*qkv(*shape, 2, 4, device))
-        out = fused_attention(*tensors)
+        out = attend(*tensors)
         assert out.shape == (*shape, 2, 4)
         out.sum().backward()
 
 
-def test_gradcheck(path):
+@pytest.mark.parametrize("attend", ["short path", "flash path"], indirect=True)
+def test_gradcheck(attend):
     tensors = leaves(*qkv(1, 4, 4, 2, "cpu", num_keys=6, groups=2), dtype=torch.float64)
     document_ids = torch.tensor([[0, 0, 0, 1, 1, 1]])
     assert torch.autograd.gradcheck(
-        lambda *t: fused_attention(*t, document_ids=document_ids, window=3), tensors
+        lambda *t: attend(*t, document_ids=document_ids, window=3), tensors
     )
 
 
-def test_tokens_of_other_documents_change_no_bit(device, path):
+def test_tokens_of_other_documents_change_no_bit(device, attend):
     q, k, v = qkv(1, 32, 2, 8, device)
     document_ids = torch.tensor([[0] * 10 + [1] * 12 + [2] * 10], device=device)
-    before = fused_attention(q, k, v, document_ids=document_ids)
+    before = attend(q, k, v, document_ids=document_ids)
     for t in (q, k, v):
         t[:, :10] += 1
         t[:, 22:] -= 3
-    after = fused_attention(q, k, v, document_ids=document_ids)
+    after = attend(q, k, v, document_ids=document_ids)
     assert torch.equal(before[:, 10:22], after[:, 10:22])
     assert relative_error(after[:, 22:], before[:, 22:]) > 1e-2
     # Each document alone is the same as packed.
-    alone = fused_attention(q[:, 10:22], k[:, 10:22], v[:, 10:22])
+    alone = attend(q[:, 10:22], k[:, 10:22], v[:, 10:22])
     assert_equals(after[:, 10:22], alone)
 
 
-def test_window_of_one_is_the_value_itself(device, path):
+def test_window_of_one_is_the_value_itself(device, attend):
     q, k, v = qkv(2, 17, 2, 4, device)
-    assert_equals(fused_attention(q, k, v, window=1), v)
+    assert_equals(attend(q, k, v, window=1), v)
 
 
-def test_large_scores_do_not_overflow(device, path):
+def test_large_scores_do_not_overflow(device, attend):
     q, k, v = qkv(1, 17, 2, 4, device)
     ours = leaves(q * 100, k * 100, v)
-    out = fused_attention(*ours)
+    out = attend(*ours)
     # Scores of 10^4 have an absolute error of 10^-3 in float32.
     assert relative_error(out, oracle(*[t.double() for t in ours])) < 1e-3
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), ours))
 
 
 @pytest.mark.parametrize("num_queries", [64, 200])
-def test_bfloat16_by_autocast_is_as_exact_as_eager(device, path, num_queries):
-    tensors = qkv(2, num_queries, 4, 32, device, groups=2)
+def test_bfloat16_by_autocast_is_as_exact_as_eager(device, attend, num_queries):
+    tensors = qkv(1, num_queries, 4, 32, device, groups=2)
     ours_in, eager_in = leaves(*tensors), leaves(*tensors)
     exact_in = leaves(*tensors, dtype=torch.float64)
 
@@ -188,7 +205,7 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device, path, num_queries):
         return torch.einsum("bhij,bjhp->bihp", probs, v)
 
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours, theirs = fused_attention(*ours_in), eager(*eager_in)
+        ours, theirs = attend(*ours_in), eager(*eager_in)
     exact = eager(*exact_in)
     assert ours.dtype == torch.bfloat16
     assert_bfloat16(ours, theirs, exact, "output")
@@ -205,12 +222,12 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device, path, num_queries):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_noncontiguous_inputs_and_expanded_gradient(device, path, batch, groups):
+def test_noncontiguous_inputs_and_expanded_gradient(device, attend, batch, groups):
     tensors = qkv(batch, 33, 4, 6, device, groups=groups)
     strided = [t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for t in tensors]
     ours_in = [t.requires_grad_() for t in strided]
     exact_in = leaves(*tensors, dtype=torch.float64)
-    out, exact = fused_attention(*ours_in, window=7), oracle(*exact_in, window=7)
+    out, exact = attend(*ours_in, window=7), oracle(*exact_in, window=7)
     assert_equals(out, exact)
     once = torch.autograd.grad(out.sum(), ours_in, retain_graph=True)
     again = torch.autograd.grad(out.sum(), ours_in)
@@ -219,11 +236,12 @@ def test_noncontiguous_inputs_and_expanded_gradient(device, path, batch, groups)
         assert relative_error(a, expected) < 1e-4
 
 
-def test_equal_calls_give_equal_bits(device, path):
+@pytest.mark.parametrize("attend", ["short path", "flash path"], indirect=True)
+def test_equal_calls_give_equal_bits(device, attend):
     results = []
     for _ in range(3):
         tensors = leaves(*qkv(2, 130, 4, 8, device, groups=2))
-        out = fused_attention(*tensors, window=50)
+        out = attend(*tensors, window=50)
         results.append((out, *gradients(out, randn(*out.shape, seed=5, device=device), *tensors)))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
@@ -236,12 +254,27 @@ def test_wrong_inputs_are_named():
         ((q, k[:1], v), {}, "k has shape (1, 5, 4, 6), needs (2, any, any, 6)"),
         ((q, k, v[:, :4]), {}, "v has shape (2, 4, 4, 6), needs (2, 5, 4, 6)"),
         ((q, k[:, :, :3], v[:, :, :3]), {}, "4 query heads cannot share 3 key-value heads"),
+        (
+            (q, k[:, :, :0], v[:, :, :0]),
+            {},
+            "0 key-value heads of size 6: needs one at least",
+        ),
         ((q, k[:, :4], v[:, :4]), {}, "5 queries but only 4 keys"),
         ((q, k, v), {"window": 0}, "window (0) must be at least 1"),
         (
             (q, k, v),
             {"document_ids": torch.zeros(2, 4)},
             "document_ids has shape (2, 4), needs (2, 5)",
+        ),
+        (
+            (q, k, v),
+            {"document_ids": torch.zeros(2, 5)},
+            "document_ids is torch.float32, needs integers",
+        ),
+        (
+            [torch.zeros(1, 2, 1, 264)] * 3,
+            {"backend": "triton"},
+            "backend 'triton' takes heads of 256 at most, got 264; use 'auto' or 'torch'",
         ),
     ]
     for arguments, options, message in cases:
