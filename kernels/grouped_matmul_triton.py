@@ -5,6 +5,9 @@ grid has room for as many as there could be, and a map made on the GPU says whic
 tile has. Rows behind the last offset are those of one more expert without a matrix.
 
     tile_map (3, tiles) int32: expert, first row, end of the expert's rows
+
+Sizes come in UNITs, of 8 where they are multiples of it: the compiler then knows that rows begin at
+16 bytes (Triton itself looks for multiples of 16), and loads 16 at once.
 """
 
 from collections.abc import Iterator
@@ -85,12 +88,14 @@ def _linear_kernel(
     num_experts,
     size_n,
     size_k,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # out[r, n] = scale[r] sum_k rows[r, k] weight[e, n, k]; 0 in unused rows.
+    size_n, size_k = size_n * UNIT, size_k * UNIT
     blocks_n = tl.cdiv(size_n, BLOCK_N)
     tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
     expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
@@ -130,6 +135,7 @@ def _transposed_kernel(
     size_n,
     size_k,
     HALVES: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -138,6 +144,7 @@ def _transposed_kernel(
     # out[r, n] = sum_k rows[r, k] weight[e, k, n]; 0 in unused rows. With two HALVES, rows has
     # 2 size_k columns, and the second half meets other_weight: one loop with one dot, since two
     # dots into one accumulator are miscompiled for some chips.
+    size_n, size_k = size_n * UNIT, size_k * UNIT
     blocks_n = tl.cdiv(size_n, BLOCK_N)
     tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
     expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
@@ -179,6 +186,7 @@ def _weight_grad_kernel(
     size_m,
     size_n,
     HALVES: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -187,6 +195,7 @@ def _weight_grad_kernel(
     # out[e, m, n] = sum over the rows r of e of left[r, m] right[r, n]; 0 for an idle expert. A
     # side with a token pointer is read at the row's token. With two HALVES, left has 2 size_m
     # columns and the second half goes to other_out.
+    size_m, size_n = size_m * UNIT, size_n * UNIT
     blocks_m, blocks_n = tl.cdiv(size_m, BLOCK_M), tl.cdiv(size_n, BLOCK_N)
     blocks = HALVES * blocks_m * blocks_n
     expert = tl.program_id(0) // blocks
@@ -218,6 +227,12 @@ def _weight_grad_kernel(
     stored = (m < size_m)[:, None] & (n < size_n)[None, :]
     at = m.to(tl.int64)[:, None] * size_n + n[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def in_units(*sizes: int) -> tuple[int, ...]:
+    """The UNIT of some sizes, and each of them in it."""
+    unit = 1 if any(size % 8 for size in sizes) else 8
+    return unit, *(size // unit for size in sizes)
 
 
 class Groups:
@@ -270,9 +285,10 @@ def linear(rows: Tensor, weight: Tensor, groups: Groups, scale: Tensor | None = 
         block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
         num_tiles = groups.num_tiles(block_m)
         tensors = rows, weight, scale, out, groups.tile_map(block_m)
-        sizes = num_tiles, groups.num_experts, size_n, size_k
+        unit, *sizes = in_units(size_n, size_k)
+        counts = num_tiles, groups.num_experts
         grid = (num_tiles * triton.cdiv(size_n, block_n),)
-        _linear_kernel[grid](*tensors, *sizes, **tile.options())
+        _linear_kernel[grid](*tensors, *counts, *sizes, UNIT=unit, **tile.options())
     return out
 
 
@@ -286,9 +302,10 @@ def transposed(rows: Tensor, weights: tuple[Tensor, ...], groups: Groups) -> Ten
         block_m, block_n = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
         num_tiles = groups.num_tiles(block_m)
         tensors = rows, weights[0], weights[-1], out, groups.tile_map(block_m)
-        sizes = num_tiles, groups.num_experts, size_n, size_k
+        unit, *sizes = in_units(size_n, size_k)
+        constants = {"HALVES": len(weights), "UNIT": unit, **tile.options()}
         grid = (num_tiles * triton.cdiv(size_n, block_n),)
-        _transposed_kernel[grid](*tensors, *sizes, HALVES=len(weights), **tile.options())
+        _transposed_kernel[grid](*tensors, num_tiles, groups.num_experts, *sizes, **constants)
     return out
 
 
@@ -316,7 +333,8 @@ def weight_grads(
         blocks *= triton.cdiv(size_n, tile.blocks["BLOCK_N"])
         tensors = left, right, left_token, right_token, groups.offsets, outs[0], outs[-1]
         grid = (groups.num_experts * blocks,)
-        _weight_grad_kernel[grid](*tensors, size_m, size_n, HALVES=halves, **tile.options())
+        unit, *sizes = in_units(size_m, size_n)
+        _weight_grad_kernel[grid](*tensors, *sizes, HALVES=halves, UNIT=unit, **tile.options())
     return outs
 
 
@@ -372,42 +390,54 @@ def shipped_tiles(kernel: str) -> Iterator[tuple[str, torch.dtype, Tile]]:
                 yield arch, getattr(torch, name), tile
 
 
-def aot_arguments(dtype: torch.dtype, arrays: str, indices: str, numbers: str) -> dict[str, Any]:
-    """Types of the arguments of a kernel: pointers to `dtype` and to int64, and integers."""
-    types: dict[str, Any] = {f"{name}_ptr": dtype for name in arrays.split()}
-    types |= {f"{name}_ptr": torch.int64 for name in indices.split()}
-    return types | dict.fromkeys(numbers.split(), int) | {"tile_map_ptr": torch.int32}
+def matmul_cases(
+    name: str, kernel: Any, types: dict[str, Any], constants: dict[str, Any]
+) -> Iterator[AotCase]:
+    """A matmul kernel in every tile of its name, and in bfloat16 also at odd sizes.
+
+    types: name of an argument -> its dtype; the others are pointers to the dtype of the tile, or
+    integers.
+    """
+    for arch, dtype, tile in shipped_tiles(name):
+        known: dict[str, Any] = dict.fromkeys(kernel.arg_names, int)
+        known |= {arg: dtype for arg in known if arg.endswith("_ptr")}
+        known |= {"tile_map_ptr": torch.int32} if "tile_map_ptr" in known else {}
+        for constant in {*tile.blocks, *constants, "UNIT"}:
+            del known[constant]
+        is_bfloat16 = dtype == torch.bfloat16
+        case = AotCase(kernel, known | types, tile, constants | {"UNIT": 8}, (), (arch,))
+        yield case._replace(spills=not is_bfloat16)
+        if is_bfloat16:
+            yield case._replace(constants=constants | {"UNIT": 1}, spills=True)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile that ships; in bfloat16 also at sizes that are no multiple of anything."""
-    sizes = ("size_n", "size_k", "size_m")
-    cases = []
-    kernels: list[tuple[str, Any, tuple[str, ...], dict[str, int]]] = [
-        ("grouped_linear", _linear_kernel, ("scale_ptr",), {}),
-        ("grouped_transposed", _transposed_kernel, (), {"HALVES": 1}),
-        (
-            "grouped_weight_grad",
-            _weight_grad_kernel,
-            ("left_token_ptr", "right_token_ptr"),
-            {"HALVES": 1},
-        ),
+    """Every tile that ships."""
+    scale, offset = {"scale_ptr": None}, {"offset_ptr": torch.int64}
+    no_tokens = offset | dict.fromkeys(("left_token_ptr", "right_token_ptr"))
+    one = {"HALVES": 1}
+    cases = [
+        *matmul_cases("grouped_linear", _linear_kernel, scale, {}),
+        *matmul_cases("grouped_transposed", _transposed_kernel, {}, one),
+        *matmul_cases("grouped_weight_grad", _weight_grad_kernel, no_tokens, one),
     ]
-    for name, kernel, absent, constants in kernels:
-        for arch, dtype, tile in shipped_tiles(name):
-            known = aot_arguments(
-                dtype,
-                "rows weight other_weight out left right other_out",
-                "offset",
-                "num_tiles num_experts size_n size_k size_m",
-            )
-            known |= dict.fromkeys(absent)
-            wide = dtype != torch.float32
-            case = AotCase(kernel, known, tile, constants, sizes, (arch,), spills=not wide)
-            odd = case._replace(divisible=(), spills=True, name="odd")
-            cases += [case, odd] if wide else [case]
-    types = aot_arguments(torch.int64, "offset", "", "num_rows num_experts num_tiles")
+    types: dict[str, Any] = offset | {"tile_map_ptr": torch.int32}
+    types |= dict.fromkeys(("num_rows", "num_experts", "num_tiles"), int)
     for num_experts in (8, 256):
         blocks = {"EXPERTS": triton.next_power_of_2(num_experts + 1), "BLOCK": MAP_BLOCK}
         cases.append(AotCase(_tile_map_kernel, types, Tile({"BLOCK_M": 128}), blocks))
     return cases
+
+
+def expert_layer_cases() -> list[AotCase]:
+    """As `aot_cases`, with the operands that the expert layer passes to these kernels."""
+    offset, int64 = {"offset_ptr": torch.int64}, torch.int64
+    gather_left = offset | {"left_token_ptr": int64, "right_token_ptr": None}
+    gather_right = offset | {"left_token_ptr": None, "right_token_ptr": int64}
+    kernel = _weight_grad_kernel
+    return [
+        *matmul_cases("grouped_linear", _linear_kernel, {"scale_ptr": torch.float32}, {}),
+        *matmul_cases("grouped_transposed", _transposed_kernel, {}, {"HALVES": 2}),
+        *matmul_cases("grouped_weight_grad", kernel, gather_left, {"HALVES": 1}),
+        *matmul_cases("grouped_weight_grad", kernel, gather_right, {"HALVES": 2}),
+    ]

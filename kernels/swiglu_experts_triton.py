@@ -13,6 +13,8 @@ F2 applies the scale, and F3 and B4 have nothing to do. F2, B2, B3 and B5 are th
 `kernels.grouped_matmul_triton`, F3 and B4 those of `kernels.dispatch_triton`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,11 @@ from kernels.dispatch import weights_by_row
 from kernels.dispatch_triton import gather_sum
 from kernels.grouped_matmul_triton import (
     Groups,
-    aot_arguments,
+    expert_layer_cases,
+    in_units,
     linear,
+    matmul_cases,
     rows_of_tile,
-    shipped_tiles,
     swizzle,
     transposed,
     weight_grads,
@@ -58,12 +61,14 @@ def _up_kernel(
     size_k,
     clamp,
     CLAMP: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # F1, and H alone where the backward pass makes it again. Unused rows are left as they are.
+    size_n, size_k = size_n * UNIT, size_k * UNIT
     blocks_n = tl.cdiv(size_n, BLOCK_N)
     tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
     expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
@@ -169,12 +174,14 @@ def _down_backward_kernel(
     size_k,
     clamp,
     CLAMP: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # B1. partial (blocks of N, R): each block's part of ds, added up later in a fixed order.
+    size_n, size_k = size_n * UNIT, size_k * UNIT
     blocks_n = tl.cdiv(size_n, BLOCK_N)
     tile, block_n = swizzle(tl.program_id(0), num_tiles, blocks_n, GROUP_M)
     expert, first, end = rows_of_tile(tile_map_ptr, num_tiles, tile)
@@ -261,9 +268,11 @@ def _up(x, w1, w3, token, groups: Groups, clamp: float | None, *, keep_h: bool, 
         tile = groups.tile("swiglu_up", x)
         num_tiles = groups.num_tiles(tile.blocks["BLOCK_M"])
         tensors = x, token, w1, w3, h, a, groups.tile_map(tile.blocks["BLOCK_M"])
-        sizes = num_tiles, groups.num_experts, inner, hidden, clamp or 0.0
+        unit, *sizes = in_units(inner, hidden)
+        numbers = num_tiles, groups.num_experts, *sizes, clamp or 0.0
+        constants = {"CLAMP": clamp is not None, "UNIT": unit, **tile.options()}
         grid = (num_tiles * triton.cdiv(inner, tile.blocks["BLOCK_N"]),)
-        _up_kernel[grid](*tensors, *sizes, CLAMP=clamp is not None, **tile.options())
+        _up_kernel[grid](*tensors, *numbers, **constants)
     return h, a
 
 
@@ -277,14 +286,12 @@ def _down_backward(grad, w2, h, a, scale, token, groups: Groups, clamp: float | 
     if groups.num_rows and inner:
         num_tiles = groups.num_tiles(tile.blocks["BLOCK_M"])
         tensors = grad, token, w2, h, a, scale, scaled_a, grad_h, partial
-        sizes = groups.num_rows, num_tiles, groups.num_experts, inner, hidden, clamp or 0.0
-        _down_backward_kernel[(num_tiles * blocks_n,)](
-            *tensors,
-            groups.tile_map(tile.blocks["BLOCK_M"]),
-            *sizes,
-            CLAMP=clamp is not None,
-            **tile.options(),
-        )
+        tile_map = groups.tile_map(tile.blocks["BLOCK_M"])
+        unit, *sizes = in_units(inner, hidden)
+        numbers = groups.num_rows, num_tiles, groups.num_experts, *sizes, clamp or 0.0
+        constants = {"CLAMP": clamp is not None, "UNIT": unit, **tile.options()}
+        grid = (num_tiles * blocks_n,)
+        _down_backward_kernel[grid](*tensors, tile_map, *numbers, **constants)
     return scaled_a, grad_h, partial
 
 
@@ -403,28 +410,19 @@ swiglu_experts_op.register_autograd(_backward, setup_context=_save)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile that ships, with the operands that the layer passes."""
-    cases = []
-    sizes = ("size_n", "size_k", "size_m")
-    for name, kernel in (("swiglu_up", _up_kernel), ("swiglu_backward", _down_backward_kernel)):
-        for arch, dtype, tile in shipped_tiles(name):
-            known = aot_arguments(
-                dtype,
-                "x grad gate_weight up_weight weight h a scaled_a grad_h",
-                "token",
-                "num_rows num_tiles num_experts size_n size_k",
-            )
-            known |= {"scale_ptr": torch.float32, "partial_ptr": torch.float32, "clamp": float}
-            wide = dtype != torch.float32
-            if kernel is _down_backward_kernel:
-                known["a_ptr"] = None
-            constants = {"CLAMP": False}
-            case = AotCase(kernel, known, tile, constants, sizes, (arch,), spills=not wide)
-            cases.append(case)
-            if wide:
-                cases.append(case._replace(constants={"CLAMP": True}))
-                cases.append(case._replace(divisible=(), spills=True, name="odd"))
-    known = {"partial_ptr": torch.float32, "row_of_ptr": torch.int64, "offset_ptr": torch.int64}
+    """Every tile that ships, of these and the shared kernels, with the layer's operands."""
+    types = {"token_ptr": torch.int64, "clamp": float}
+    backward = types | {"scale_ptr": torch.float32, "partial_ptr": torch.float32, "a_ptr": None}
+    cases = expert_layer_cases()
+    for clamp in (False, True):
+        constants = {"CLAMP": clamp}
+        cases += matmul_cases("swiglu_up", _up_kernel, types, constants)
+        cases += matmul_cases("swiglu_backward", _down_backward_kernel, backward, constants)
+    known: dict[str, Any] = {
+        "partial_ptr": torch.float32,
+        "row_of_ptr": torch.int64,
+        "offset_ptr": torch.int64,
+    }
     known |= {"out_ptr": torch.float32}
     known |= dict.fromkeys(("count", "num_rows", "num_experts", "num_parts"), int)
     cases.append(AotCase(_sum_partials_kernel, known, Tile({"BLOCK": 256})))

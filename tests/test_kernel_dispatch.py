@@ -352,6 +352,45 @@ def test_tensors_between_guards_of_nan(device, backend):
     assert all(t.isfinite().all() for t in results)
 
 
+def test_addresses_beyond_32_bits(device):
+    triton = pytest.importorskip("kernels.dispatch_triton")
+    torch.use_deterministic_algorithms(False)
+    # 4 GiB of which a few pages are touched.
+    far = torch.empty(2**27 + 8, 16, dtype=torch.bfloat16, device=device)
+    far[-2:], far[3] = torch.tensor([[1.0], [2.0]]), 4.0
+    tokens = torch.tensor([len(far) - 1, 3, len(far) - 2], device=device)
+    rows = triton.permute_op(far, tokens, tokens.view(3, 1))
+    assert rows[:, 5].tolist() == [2, 4, 1]
+    total = triton.gather_sum(far, tokens.view(1, 3), torch.tensor([[1.0, 0.5, 3]], device=device))
+    assert total[0].tolist() == [7] * 16
+
+
+def test_pytorch_bodies_never_ask_another_device_for_a_value():
+    # A tensor without values raises where one is read, or a size that depends on values.
+    indices = torch.empty(9, 3, dtype=torch.int64, device="meta")
+    x, weights = leaves(torch.empty(9, WIDTH, device="meta"), torch.empty(9, 3, device="meta"))
+    plan = plan_dispatch(indices, 7, backend="torch")
+    out = unpermute(permute(x, plan, backend="torch"), plan, weights, backend="torch")
+    assert [g.shape for g in gradients(out, torch.empty_like(out), x, weights)] == [(9, 17), (9, 3)]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        int(plan.expert_offsets[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_body_waits_for_the_gpu(device, backend):
+    indices, weights, num_experts = assignments("dropped", 63, device)
+    x, weights = leaves(randn(63, WIDTH, seed=1, device=device), weights)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            plan = plan_dispatch(indices, num_experts, backend=backend)
+            rows = permute(x, plan, backend=backend)
+            unpermute(rows, plan, weights, backend=backend).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_random_plans_and_sums_equal_float64(device, backend, seed):

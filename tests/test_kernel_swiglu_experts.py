@@ -446,6 +446,20 @@ def test_a_row_that_is_not_finite_spoils_its_token_alone(device, backend):
     assert out[torch.arange(20, device=device) != 7].isfinite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_never_wait_for_the_gpu(device):
+    _, plan, tensors = inputs("dropped", 63, device)
+    ours_in = leaves(*tensors)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend="triton")
+            gradients(out, torch.ones_like(out), *ours_in)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(80))
 def test_random_layers_equal_float64(device, backend, seed):
