@@ -45,8 +45,8 @@ class AotCase(NamedTuple):
 
     arguments: name -> dtype of a pointer (divisible by 16), int or float; None for an absent one.
     tile: block sizes and launch options. constants: further constexprs. divisible: integer
-    arguments that are multiples of 16. architectures: for which the kernel is launched so. spills: whether they are allowed.
-    name: tells cases of one kernel apart.
+    arguments that are multiples of 16. architectures: for which the kernel is launched so.
+    spills: whether they are allowed. name: tells cases of one kernel apart.
     """
 
     kernel: Any

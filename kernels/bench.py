@@ -1,43 +1,88 @@
-"""How fast is a kernel, against named rivals and the machine's own limit?
+"""How fast is a kernel, against named rivals and the machine's own limits?
 
-    python -m kernels.bench OP [--dtype float32|bfloat16] [--repeats N] [--threads N]
+    python -m kernels.bench OP [--shapes NAME ...] [--device cpu|cuda] [--dtype bfloat16]
+                               [--repeats N] [--threads N] [--json FILE] [--tune]
 
-OP is a file of this folder with `benchmark_cases()`. A result is checked against its reference
-first, and a wrong one is not timed. All contestants run in one process, in turns; printed are the
-medians, the share of the machine's limit, and each rival's time over ours.
+OP is a file of this folder with `benchmark_cases()`, in it or in OP_benchmark.py beside it. Forward
+and gradients are checked against a float64 reference first; a wrong result is not timed. All
+contestants run in one process, in turns. Printed are medians with the middle half's spread, TFLOP/s
+or GB/s, and the share of what a plain matmul or a copy reaches on the same machine in the same run;
+for ours also the bytes that are saved for the backward pass, and on a GPU the peak memory.
 """
 
 import argparse
 import importlib
+import importlib.util
+import json
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.launch import tune_allocator
+from kernels.launch import resolve_backend, tune_allocator
+
+
+class Contestant(NamedTuple):
+    """One implementation: run(*leaves) -> output; leaves: tensors whose gradients are asked for,
+    none for an operation on indices."""
+
+    run: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+
+    def both(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """The output, and the gradients of the leaves for the output's gradient `grad`."""
+        out = self.run(*self.leaves)
+        if not self.leaves:
+            return (out,)
+        return out.detach(), *torch.autograd.grad(out, self.leaves, grad.to(out.dtype))
 
 
 class Case(NamedTuple):
     """One shape of one operation.
 
-    ours, reference (in float64) and each rival: () -> outputs and gradients. flops: floating-point
-    operations of one call, 0 where memory decides.
+    ours: takes `backend` and the leaves. reference: the same function of the leaves, for float64.
+    rivals: by name; those that compute something else (a dense layer of equal FLOPs) among them.
+    grad: gradient of the output. flops: of the forward pass, 0 where memory decides; moved_bytes:
+    what the forward pass has to read and write. tokens: rows of the input.
     """
 
     name: str
-    ours: Callable[[], tuple[Tensor, ...]]
-    reference: Callable[[], tuple[Tensor, ...]]
-    rivals: Mapping[str, Callable[[], tuple[Tensor, ...]]]
+    ours: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    reference: Callable[..., Tensor]
+    rivals: Mapping[str, Contestant]
+    grad: Tensor
+    tokens: int
     flops: float = 0.0
+    moved_bytes: float = 0.0
+
+
+class CaseBuilder(NamedTuple):
+    """A case by name, whose tensors are made only when it is run."""
+
+    name: str
+    case: Callable[[], Case]
+
+
+class Limits(NamedTuple):
+    """What the machine reaches: FLOP/s of a plain matmul, bytes/s of a copy (read and written)."""
+
+    flops: float
+    bandwidth: float
 
 
 # Largest error, relative to the largest entry of the reference, at which a result is timed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# A backward pass multiplies twice as much as the forward pass.
+BACKWARD_FLOPS = 2.0
 
 
 def leaf(*shape: int, std: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
@@ -83,63 +128,220 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
     return best
 
 
+def copy_rate(device: str) -> float:
+    """Bytes/s, read and written, of a copy much larger than the caches."""
+    source = torch.zeros((1 << 27) if device == "cpu" else (1 << 30), dtype=torch.uint8)
+    source = source.to(device)
+    target = torch.empty_like(source)
+    times = seconds_of({"copy": partial(target.copy_, source)}, 8)["copy"]
+    return 2 * source.numel() / min(times)
+
+
 def largest_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
     """Largest difference over all tensors, each relative to the largest entry of its reference."""
     errors = [0.0]
     for a, b in zip(got, want, strict=True):
+        if a.numel() == 0:
+            continue
         scale = b.detach().abs().max().double().clamp(min=1e-30)
         error = (a.detach().double() - b.detach().double()).abs().max() / scale
         errors.append(float(error) if torch.isfinite(error) else float("inf"))
     return max(errors)
 
 
-def run_case(case: Case, repeats: int, limit: float, tolerance: float) -> list[str]:
-    """Check, then time; the lines of a table. A wrong result gives a line that says so."""
-    error = largest_error(case.ours(), case.reference())
-    if not error <= tolerance:
-        return [f"{case.name}: WRONG, error {error:.1e} above {tolerance:.0e}; not timed"]
-    times = seconds_of({"ours": case.ours, **case.rivals}, repeats)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ours = median["ours"]
-    share = f", {case.flops / ours / limit:.0%} of the matmul limit" if case.flops else ""
-    lines = [f"{case.name}: {ours * 1e3:.2f} ms (error {error:.1e}{share})"]
-    lines += [
-        f"    {name}: {value * 1e3:.2f} ms = {value / ours:.2f}x ours"
-        for name, value in median.items()
-        if name != "ours"
-    ]
-    return lines
+def saved_bytes(contestant: Contestant) -> int:
+    """Bytes that the forward pass keeps for the backward pass, leaves left out."""
+    leaves = {leaf.untyped_storage().data_ptr() for leaf in contestant.leaves}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in leaves:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        contestant.run(*contestant.leaves)
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Most memory allocated on the GPU during a call, above what there was; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def backends_for(x: Tensor) -> list[str]:
+    """The implementations of ours to time on `x`: Triton's where it compiles, and PyTorch's."""
+    # In the interpreter, only `triton` by name is taken, and its time says nothing.
+    automatic = resolve_backend("bench", "auto", x, has_triton=True)
+    return ["triton", "torch"] if automatic == "triton" else ["torch"]
+
+
+def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict[str, Any]:
+    """Check, then time one case.
+
+    Returns: `name`, and either `wrong` (a line) or `contestants`: name -> seconds of `forward` and
+    `both` (medians), `spread` of both, `rate` by pass, `share` of the limit, `error`.
+    """
+    double = tuple(x.detach().double().requires_grad_() for x in case.leaves)
+    expected = Contestant(case.reference, double).both(case.grad)
+    result: dict[str, Any] = {"name": case.name, "contestants": {}}
+    contestants: dict[str, Contestant] = {}
+    for backend in backends_for(case.grad):
+        ours = Contestant(partial(case.ours, backend=backend), case.leaves)
+        error = largest_error(ours.both(case.grad), expected)
+        if not error <= tolerance:
+            result["wrong"] = f"{backend}: WRONG, error {error:.1e} above {tolerance:.0e}"
+            return result
+        contestants[f"ours ({backend})"] = ours
+        result["contestants"][f"ours ({backend})"] = {
+            "error": error,
+            "saved_bytes_per_token": saved_bytes(ours) / max(1, case.tokens),
+            "peak_bytes": peak_bytes(partial(ours.both, case.grad)),
+        }
+    contestants |= case.rivals
+    forward = {name: partial(each.run, *each.leaves) for name, each in contestants.items()}
+    both = {name: partial(each.both, case.grad) for name, each in contestants.items()}
+    seconds = {"forward": seconds_of(forward, repeats), "both": seconds_of(both, repeats)}
+    for name in contestants:
+        facts = result["contestants"].setdefault(name, {})
+        facts |= _timing(case, {which: seconds[which][name] for which in seconds}, limits)
+    return result
+
+
+def _timing(case: Case, seconds: Mapping[str, list[float]], limits: Limits) -> dict[str, Any]:
+    forward, both = (statistics.median(seconds[which]) for which in ("forward", "both"))
+    quartiles = statistics.quantiles(seconds["both"], n=4) if len(seconds["both"]) > 1 else [0, 0]
+    facts: dict[str, Any] = {
+        "forward_ms": forward * 1e3,
+        "backward_ms": (both - forward) * 1e3,
+        "both_ms": both * 1e3,
+        "spread": (quartiles[-1] - quartiles[0]) / both,
+    }
+    if case.flops:
+        work = {
+            "forward": (case.flops, forward),
+            "backward": (BACKWARD_FLOPS * case.flops, both - forward),
+            "both": ((1 + BACKWARD_FLOPS) * case.flops, both),
+        }
+        for which, (flops, time_taken) in work.items():
+            facts[f"{which}_tflops"] = flops / time_taken / 1e12 if time_taken > 0 else None
+        facts["share_of_matmul"] = (1 + BACKWARD_FLOPS) * case.flops / both / limits.flops
+    if case.moved_bytes:
+        facts["forward_gbps"] = case.moved_bytes / forward / 1e9
+        facts["share_of_copy"] = case.moved_bytes / forward / limits.bandwidth
+    return facts
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Lines of the table for one case."""
+    if "wrong" in result:
+        return f"{result['name']}: {result['wrong']}; not timed"
+    lines = [result["name"]]
+    fastest = min(
+        facts["both_ms"] for name, facts in result["contestants"].items() if name.startswith("ours")
+    )
+    for name, facts in result["contestants"].items():
+        parts = [
+            f"{facts['forward_ms']:9.3f} + {facts['backward_ms']:9.3f} = {facts['both_ms']:9.3f} ms"
+            f" ±{facts['spread'] / 2:.0%}"
+        ]
+        if "both_tflops" in facts:
+            rates = [facts[f"{which}_tflops"] for which in ("forward", "backward", "both")]
+            listed = " / ".join("-" if rate is None else f"{rate:.3g}" for rate in rates)
+            parts.append(f"{listed} TFLOP/s ({facts['share_of_matmul']:.0%} of matmul)")
+        if "forward_gbps" in facts:
+            parts.append(f"{facts['forward_gbps']:.0f} GB/s ({facts['share_of_copy']:.0%} of copy)")
+        if "error" in facts:
+            parts.append(f"error {facts['error']:.1e}")
+            parts.append(f"saves {facts['saved_bytes_per_token']:,.0f} B/token")
+            if facts["peak_bytes"] is not None:
+                parts.append(f"peak {facts['peak_bytes'] / 2**20:,.0f} MiB")
+        else:
+            parts.append(f"{facts['both_ms'] / fastest:.2f}x ours")
+        lines.append(f"  {name:32} " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What a result depends on: chip, versions, commit."""
+    chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    facts = {"chip": chip, "torch": torch.__version__, "commit": commit.stdout.strip() or None}
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = None
+    return facts | {"python": platform.python_version(), "threads": torch.get_num_threads()}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark of one operation; 1 if any result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("op")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--shapes", nargs="+", help="names of cases; those that contain one of them"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write the results there as well")
     options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
+        return _refuse("--repeats and --threads must be at least 1")
+    if device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: PyTorch sees no GPU; leave the option out, or use cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
+    beside = importlib.util.find_spec(f"kernels.{options.op}_benchmark")
     try:
-        cases_of = importlib.import_module(f"kernels.{options.op}").benchmark_cases
+        module = f"kernels.{options.op}_benchmark" if beside else f"kernels.{options.op}"
+        cases_of = importlib.import_module(module).benchmark_cases
     except (ModuleNotFoundError, AttributeError):
-        print(f"error: kernels/{options.op}.py has no benchmark_cases()", file=sys.stderr)
-        return 2
+        return _refuse(f"kernels/{options.op}.py has no benchmark_cases()")
     tune_allocator()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype)
-    limit = matmul_rate(dtype, device)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    limits = Limits(matmul_rate(dtype, device), copy_rate(device))
+    facts = machine_facts(device) | {"op": options.op, "dtype": str(dtype).removeprefix("torch.")}
+    facts |= {"matmul_tflops": limits.flops / 1e12, "copy_gbps": limits.bandwidth / 1e9}
     print(
-        f"{options.op} on {device}, {options.dtype}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; forward and backward; matmul limit {limit / 1e9:,.0f} GFLOP/s"
+        f"{options.op} in {facts['dtype']} on {device} ({facts['chip']}), torch {facts['torch']}, "
+        f"triton {facts['triton']}, {facts['threads']} threads; limits: matmul "
+        f"{facts['matmul_tflops']:.3g} TFLOP/s, copy {facts['copy_gbps']:.0f} GB/s\n"
+        f"forward + backward = both, medians of {options.repeats} in turns"
     )
-    wrong = False
-    for case in cases_of(dtype, device):
-        lines = run_case(case, options.repeats, limit, TOLERANCE[dtype])
-        wrong = wrong or "WRONG" in lines[0]
-        print("\n".join(lines), flush=True)
-    return int(wrong)
+    results = []
+    for build in cases_of(dtype, device):
+        if options.shapes and not any(name in build.name for name in options.shapes):
+            continue
+        results.append(run_case(build.case(), options.repeats, limits, TOLERANCE[dtype]))
+        print(render(results[-1]), flush=True)
+    if not results:
+        return _refuse(f"--shapes {' '.join(options.shapes or [])}: no such case")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
+    return int(any("wrong" in result for result in results))
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

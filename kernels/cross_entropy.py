@@ -10,12 +10,13 @@ Works through blocks of rows; where a gradient is wanted, it is computed in the 
 the probabilities are in the cache, so that the backward pass only scales it.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.bench import Case, leaf
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
 
 # Elements of a block of logits: as many rows as fit go through one matmul, so that the (V, D) sum
@@ -164,10 +165,13 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against a linear layer and `F.cross_entropy`."""
-    shapes = ((4096, 192, 4096), (2048, 256, 8192), (4096, 512, 32768))
-    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+    shapes = ((4096, 192, 4096), (2048, 256, 8192), (4096, 512, 32768), (16384, 2048, 50304))
+    return [
+        CaseBuilder("T{} D{} V{}".format(*shape), partial(_benchmark_case, shape, dtype, device))
+        for shape in shapes
+    ]
 
 
 def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
@@ -177,19 +181,20 @@ def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str
     weight = leaf(vocab, hidden, std=0.05, dtype=dtype, device=device)
     labels = torch.randint(0, vocab, (num_tokens,), device=device)
 
-    def ours():
-        loss = linear_cross_entropy(x, weight, labels).loss
-        return loss, *torch.autograd.grad(loss, (x, weight))
-
-    def library(x=x, weight=weight):
+    def library(x: Tensor, weight: Tensor) -> Tensor:
         logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        return loss, *torch.autograd.grad(loss, (x, weight))
+        return torch.nn.functional.cross_entropy(logits, labels)
 
     return Case(
-        name=f"T{num_tokens} D{hidden} V{vocab}",
-        ours=ours,
-        reference=lambda: library(*(t.detach().double().requires_grad_() for t in (x, weight))),
-        rivals={"linear + F.cross_entropy": library},
-        flops=6 * num_tokens * hidden * vocab,
+        name="T{} D{} V{}".format(*shape),
+        ours=lambda x, weight, backend: (
+            linear_cross_entropy(x, weight, labels, backend=backend).loss
+        ),
+        leaves=(x, weight),
+        reference=library,
+        rivals={"linear + F.cross_entropy": Contestant(library, (x, weight))},
+        grad=torch.ones((), device=device),
+        tokens=num_tokens,
+        # Of the forward pass alone, although ours computes the gradients in it.
+        flops=2 * num_tokens * hidden * vocab,
     )

@@ -12,12 +12,14 @@ Data map. A *row* is one assignment; rows are sorted by expert, and by token wit
 R = T*K whatever is dropped: rows from `expert_offsets[E]` on are unused and never read.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import check_shape, resolve_backend
 
 # The Triton plan counts in shared memory: four bytes for each expert.
@@ -222,3 +224,58 @@ def unpermute(
 
         return unpermute_op(rows.contiguous(), topk_weights.contiguous(), *plan[1:])
     return _Unpermute.apply(rows, plan, topk_weights)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """The plan against a stable sort, and the weighted sum against indexing and `sum`."""
+    shapes = ((4096, 256, 16, 4), (32768, 2048, 128, 8), (32768, 2048, 64, 8))
+    return [
+        CaseBuilder(
+            f"{what} {'T{} D{} E{} K{}'.format(*shape)}", partial(build, shape, dtype, device)
+        )
+        for shape in shapes
+        for what, build in (("plan", _plan_case), ("combine", _combine_case))
+    ]
+
+
+def _plan_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+    num_tokens, _, num_experts, top_k = shape
+    torch.manual_seed(0)
+    indices = torch.rand(num_tokens, num_experts, device=device).argsort(1)[:, :top_k]
+
+    def sort() -> Tensor:
+        return torch.sort(indices.reshape(-1), stable=True).indices // top_k
+
+    return Case(
+        name="plan T{} D{} E{} K{}".format(*shape),
+        ours=lambda backend: plan_dispatch(indices, num_experts, backend=backend).token_of_row,
+        leaves=(),
+        reference=sort,
+        rivals={"stable sort alone": Contestant(sort, ())},
+        grad=torch.zeros((), device=device),
+        tokens=num_tokens,
+    )
+
+
+def _combine_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+    num_tokens, hidden, num_experts, top_k = shape
+    torch.manual_seed(0)
+    indices = torch.rand(num_tokens, num_experts, device=device).argsort(1)[:, :top_k]
+    plan = plan_dispatch(indices, num_experts)
+    rows = leaf(plan.num_rows, hidden, dtype=dtype, device=device)
+    weights = leaf(num_tokens, top_k, dtype=torch.float32, device=device)
+
+    def indexed(rows: Tensor, weights: Tensor) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return (rows[plan.row_of].to(wide) * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+    return Case(
+        name="combine T{} D{} E{} K{}".format(*shape),
+        ours=lambda rows, weights, backend: unpermute(rows, plan, weights, backend=backend),
+        leaves=(rows, weights),
+        reference=indexed,
+        rivals={"index, multiply, sum": Contestant(indexed, (rows, weights))},
+        grad=torch.randn(num_tokens, hidden, device=device).to(dtype),
+        tokens=num_tokens,
+        moved_bytes=(plan.num_rows + num_tokens) * hidden * rows.element_size(),
+    )

@@ -6,12 +6,13 @@ Rows behind the last offset are unused: never read, and 0 in the output.
 """
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.bench import Case, leaf
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     check_same_device,
     check_shape,
@@ -166,10 +167,15 @@ def grouped_matmul(
         return _GroupedMatmul.apply(rows, weight, expert_offsets, dtype)
 
 
-def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against `F.grouped_mm`."""
-    shapes = ((4096, 256, 512, 8), (32768, 512, 512, 64))
-    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+    shapes = ((4096, 256, 512, 8), (32768, 512, 512, 64), (65536, 2048, 768, 128))
+    return [
+        CaseBuilder(
+            "R{} D{} N{} E{}".format(*shape), partial(_benchmark_case, shape, dtype, device)
+        )
+        for shape in shapes
+    ]
 
 
 def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
@@ -177,31 +183,29 @@ def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device
     torch.manual_seed(0)
     x = leaf(num_rows, d_in, dtype=dtype, device=device)
     weight = leaf(num_experts, d_out, d_in, std=d_in**-0.5, dtype=dtype, device=device)
-    grad = leaf(num_rows, d_out, dtype=dtype, device=device)
     expert = torch.randint(0, num_experts, (num_rows,), device=device)
     ends = torch.bincount(expert, minlength=num_experts).cumsum(0)
     offsets = torch.nn.functional.pad(ends, (1, 0))
 
-    def ours():
-        out = grouped_matmul(x, weight, offsets)
-        return out, *torch.autograd.grad(out, (x, weight), grad)
-
-    def library():
+    def library(x: Tensor, weight: Tensor) -> Tensor:
         matrices = weight.transpose(1, 2)
-        out = torch.nn.functional.grouped_mm(x, matrices, offs=ends.to(torch.int32))
-        return out, *torch.autograd.grad(out, (x, weight), grad)
+        return torch.nn.functional.grouped_mm(x, matrices, offs=ends.to(torch.int32))
 
-    def reference():
-        rows, matrices = (t.detach().double().requires_grad_() for t in (x, weight))
-        spans = layout_rows(offsets, num_rows, 1).spans
-        parts = [rows[first:end] @ matrices[e].T for e, first, end, _ in spans]
-        out = torch.cat(parts)
-        return out, *torch.autograd.grad(out, (rows, matrices), grad.double())
+    def loop(rows: Tensor, matrices: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        pairs = zip(rows.split(sizes), matrices.unbind(0), strict=True)
+        return torch.cat([part @ matrix.T for part, matrix in pairs])
 
     return Case(
-        name=f"R{num_rows} D_in {d_in} D_out {d_out} E{num_experts}",
-        ours=ours,
-        reference=reference,
-        rivals={"F.grouped_mm": library},
-        flops=6 * num_rows * d_in * d_out,
+        name="R{} D{} N{} E{}".format(*shape),
+        ours=lambda x, weight, backend: grouped_matmul(x, weight, offsets, backend=backend),
+        leaves=(x, weight),
+        reference=loop,
+        rivals={
+            "F.grouped_mm": Contestant(library, (x, weight)),
+            "loop of matmuls": Contestant(loop, (x, weight)),
+        },
+        grad=torch.randn(num_rows, d_out, device=device).to(dtype),
+        tokens=num_rows,
+        flops=2 * num_rows * d_in * d_out,
     )

@@ -7,10 +7,12 @@ With r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
     dx = r g - x r^3 mean(g x),   dweight = sum over rows of dy x r
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from kernels.bench import Case, leaf
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     at_least_float32,
     check_shape,
@@ -72,31 +74,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         return _RMSNorm.apply(x, weight, eps, dtype)
 
 
-def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
-    """Forward and backward against `F.rms_norm`."""
-    return [_benchmark_case(shape, dtype, device) for shape in ((4096, 192), (2048, 1024))]
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Forward and backward against `F.rms_norm`, at a small, a common and a large width."""
+    shapes = ((4096, 192), (2048, 1024), (32768, 2048))
+    return [
+        CaseBuilder(f"rows{rows} D{size}", partial(_benchmark_case, rows, size, dtype, device))
+        for rows, size in shapes
+    ]
 
 
-def _benchmark_case(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(rows: int, size: int, dtype: torch.dtype, device: str) -> Case:
     torch.manual_seed(0)
-    x, grad = (leaf(*shape, dtype=dtype, device=device) for _ in range(2))
-    weight = leaf(shape[1], dtype=dtype, device=device)
+    x, grad = (leaf(rows, size, dtype=dtype, device=device) for _ in range(2))
+    weight = leaf(size, dtype=dtype, device=device)
 
-    def ours():
-        y = rms_norm(x, weight, 1e-5)
-        return y, *torch.autograd.grad(y, (x, weight), grad)
-
-    def library(x=x, weight=weight, grad=grad):
-        y = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
-        return y, *torch.autograd.grad(y, (x, weight), grad)
-
-    def reference():
-        wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
-        return library(wide_x, wide_weight, grad.double())
+    def library(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
 
     return Case(
-        name=f"rows {shape[0]} D{shape[1]}",
-        ours=ours,
-        reference=reference,
-        rivals={"F.rms_norm": library},
+        name=f"rows{rows} D{size}",
+        ours=lambda x, weight, backend: rms_norm(x, weight, 1e-5, backend=backend),
+        leaves=(x, weight),
+        reference=library,
+        rivals={"F.rms_norm": Contestant(library, (x, weight))},
+        grad=grad.detach(),
+        tokens=rows,
+        moved_bytes=2 * x.numel() * x.element_size(),
     )

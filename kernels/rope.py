@@ -7,9 +7,12 @@ With x1, x2 the halves of a head's vector and angle = position * theta^(-2i/P):
 A rotation, so its backward is the rotation by the negative angle.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import check_shape, no_autocast, resolve_backend
 
 
@@ -76,3 +79,45 @@ def apply_rope(
         cos, sin = cos.double(), sin.double()
     with no_autocast(q):
         return _Rope.apply(q, k, cos, sin)
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Queries and keys, against the formula with `torch.cat` as Hugging Face writes it."""
+    shapes = ((8, 256, 8, 32), (8, 4096, 32, 128))
+    return [
+        CaseBuilder(
+            "B{} S{} H{} P{}".format(*shape), partial(_benchmark_case, shape, dtype, device)
+        )
+        for shape in shapes
+    ]
+
+
+def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+    batch, seq_len, _, head_dim = shape
+    torch.manual_seed(0)
+    q, k = (leaf(*shape, dtype=dtype, device=device) for _ in range(2))
+    positions = torch.arange(seq_len, device=device)
+
+    def formula(q: Tensor, k: Tensor) -> Tensor:
+        cos, sin = (
+            table.to(q.dtype).unsqueeze(1) for table in rope_tables(positions, head_dim, 1e4)
+        )
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)  # (S, 1, P)
+
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, -1)
+            return x * cos + torch.cat([-second, first], -1) * sin
+
+        return torch.stack([turned(q), turned(k)])
+
+    return Case(
+        name="B{} S{} H{} P{}".format(*shape),
+        ours=lambda q, k, backend: torch.stack(apply_rope(q, k, positions, backend=backend)),
+        leaves=(q, k),
+        reference=formula,
+        rivals={"formula": Contestant(formula, (q, k))},
+        grad=torch.randn(2, *shape, device=device).to(dtype),
+        tokens=batch * seq_len,
+        # The stack that makes one output of two is counted too: on both sides.
+        moved_bytes=8 * q.numel() * q.element_size(),
+    )

@@ -9,11 +9,13 @@ one, and without a group limit, the logits are compared, whose order is that of 
 experts whose probs round to one float32 are still told apart.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import at_least_float32, check_shape, no_autocast, resolve_backend
 
 SCORES = ("softmax", "sigmoid")
@@ -128,3 +130,34 @@ def fused_topk(
             # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
             topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp(min=1e-20)
     return TopK(topk_weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Softmax, top-k and renormalisation, against `softmax` and `topk` of PyTorch."""
+    shapes = ((4096, 16, 4), (32768, 64, 8), (32768, 128, 8), (8192, 256, 8))
+    return [
+        CaseBuilder("T{} E{} K{}".format(*shape), partial(_benchmark_case, shape, device))
+        for shape in shapes
+    ]
+
+
+def _benchmark_case(shape: tuple[int, int, int], device: str) -> Case:
+    num_tokens, num_experts, top_k = shape
+    torch.manual_seed(0)
+    logits = leaf(num_tokens, num_experts, dtype=torch.float32, device=device)
+
+    def library(logits: Tensor) -> Tensor:
+        weights = logits.softmax(-1).topk(top_k, dim=-1).values
+        return weights / weights.sum(-1, keepdim=True)
+
+    return Case(
+        name="T{} E{} K{}".format(*shape),
+        ours=lambda logits, backend: fused_topk(logits, top_k, backend=backend).topk_weights,
+        leaves=(logits,),
+        reference=library,
+        rivals={"softmax + topk": Contestant(library, (logits,))},
+        grad=torch.randn(num_tokens, top_k, device=device),
+        tokens=num_tokens,
+        # Logits in; probabilities, weights and indices out.
+        moved_bytes=num_tokens * (8 * num_experts + 12 * top_k),
+    )

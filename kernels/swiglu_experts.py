@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case, leaf
-from kernels.dispatch import DispatchPlan, plan_dispatch, sum_rows, weights_by_row
+from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
 from kernels.grouped_matmul import (
     RowLayout,
     Span,
@@ -400,68 +399,3 @@ def _on_triton(x, matrices, scale, expert_offsets, rows, options: _Options) -> T
         # What of H and a is kept.
         options.save.removeprefix("x") if needs_grad else "",
     )[0]
-
-
-# Tokens, hidden, intermediate, experts, top-k.
-BENCHMARK_SHAPES = (
-    (2048, 256, 512, 8, 2),
-    (4096, 256, 512, 16, 4),
-    (4096, 512, 1024, 8, 2),
-    (4096, 512, 512, 64, 8),
-    (8192, 256, 256, 64, 8),
-)
-
-
-def reference_experts(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, topk_indices: Tensor, topk_weights: Tensor
-) -> Tensor:
-    """The layer as the formula reads, expert by expert; arguments as in `swiglu_experts`."""
-    out = torch.zeros_like(x)
-    for e in range(w1.shape[0]):
-        token, slot = (topk_indices == e).nonzero(as_tuple=True)
-        y = (F.silu(x[token] @ w1[e].T) * (x[token] @ w3[e].T)) @ w2[e].T
-        out = out.index_add(0, token, y * topk_weights[token, slot].unsqueeze(-1))
-    return out
-
-
-def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
-    """Forward and backward against a dense layer of equal FLOPs."""
-    return [_benchmark_case(shape, dtype, device) for shape in BENCHMARK_SHAPES]
-
-
-def _benchmark_case(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str) -> Case:
-    num_tokens, hidden, inner, num_experts, top_k = shape
-    torch.manual_seed(0)
-    x, grad = (leaf(num_tokens, hidden, dtype=dtype, device=device) for _ in range(2))
-    std = hidden**-0.5
-    w1, w3 = (
-        leaf(num_experts, inner, hidden, std=std, dtype=dtype, device=device) for _ in range(2)
-    )
-    w2 = leaf(num_experts, hidden, inner, std=std, dtype=dtype, device=device)
-    wide = top_k * inner
-    d1, d3 = (leaf(wide, hidden, std=std, dtype=dtype, device=device) for _ in range(2))
-    d2 = leaf(hidden, wide, std=std, dtype=dtype, device=device)
-    combine = leaf(num_tokens, top_k, dtype=torch.float32, device=device)
-    indices = torch.rand(num_tokens, num_experts, device=device).argsort(1)[:, :top_k]
-    plan = plan_dispatch(indices, num_experts)
-
-    def ours():
-        out = swiglu_experts(x, w1, w2, w3, plan, combine)
-        return out, *torch.autograd.grad(out, (x, w1, w2, w3, combine), grad)
-
-    def reference():
-        leaves = [t.detach().double().requires_grad_() for t in (x, w1, w2, w3, combine)]
-        out = reference_experts(leaves[0], leaves[1], leaves[2], leaves[3], indices, leaves[4])
-        return out, *torch.autograd.grad(out, leaves, grad.double())
-
-    def dense():
-        out = F.linear(F.silu(F.linear(x, d1)) * F.linear(x, d3), d2)
-        return out, *torch.autograd.grad(out, (x, d1, d2, d3), grad)
-
-    return Case(
-        name=f"T{num_tokens} D{hidden} F{inner} E{num_experts} K{top_k}",
-        ours=ours,
-        reference=reference,
-        rivals={"dense layer of equal FLOPs": dense},
-        flops=18 * num_tokens * top_k * hidden * inner,
-    )

@@ -26,7 +26,8 @@ from torch import Tensor
 from kernels.bench import matmul_rate, seconds_of
 from kernels.dispatch import plan_dispatch
 from kernels.launch import tune_allocator
-from kernels.swiglu_experts import BENCHMARK_SHAPES, swiglu_experts
+from kernels.swiglu_experts import swiglu_experts
+from kernels.swiglu_experts_benchmark import CPU_SHAPES
 from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights, num_parameters
 from train.config import RunConfig, load_config
@@ -209,7 +210,7 @@ def experts_report(repeats: int) -> str:
         "| T, D, F, E, K | precision | dense | ours | Hugging Face (default) | ours / HF |",
         "|---|---|---|---|---|---|",
     ]
-    for shape in BENCHMARK_SHAPES:
+    for shape in CPU_SHAPES[""]:
         for precision in ("float32", "bfloat16"):
             times = seconds_of(layer_contestants(shape, precision), repeats)
             dense, ours, hf = (
