@@ -21,7 +21,8 @@ from torch import Tensor
 from kernels.aot import AotCase
 from kernels.tiles import Tile, choose_tile, load_tiles
 
-MAP_BLOCK = 32
+# Elements that a program of the map compares: tiles times experts.
+MAP_ELEMENTS = 16384
 
 
 @triton.jit
@@ -235,6 +236,12 @@ def in_units(*sizes: int) -> tuple[int, ...]:
     return unit, *(size // unit for size in sizes)
 
 
+def map_blocks(num_experts: int) -> dict[str, int]:
+    """Constants of a launch of the map."""
+    experts = triton.next_power_of_2(num_experts + 1)
+    return {"EXPERTS": experts, "BLOCK": max(1, min(64, MAP_ELEMENTS // experts))}
+
+
 class Groups:
     """Rows of each expert, and their cuts into tiles, made once for each size of a tile."""
 
@@ -258,16 +265,10 @@ class Groups:
         if block_m not in self._maps:
             num_tiles = self.num_tiles(block_m)
             tile_map = self.offsets.new_empty(3, num_tiles, dtype=torch.int32)
-            _tile_map_kernel[(triton.cdiv(num_tiles, MAP_BLOCK),)](
-                self.offsets,
-                tile_map,
-                self.num_rows,
-                self.num_experts,
-                num_tiles,
-                BLOCK_M=block_m,
-                EXPERTS=triton.next_power_of_2(self.num_experts + 1),
-                BLOCK=MAP_BLOCK,
-            )
+            blocks = map_blocks(self.num_experts)
+            numbers = self.num_rows, self.num_experts, num_tiles
+            grid = (triton.cdiv(num_tiles, blocks["BLOCK"]),)
+            _tile_map_kernel[grid](self.offsets, tile_map, *numbers, BLOCK_M=block_m, **blocks)
             self._maps[block_m] = tile_map
         return self._maps[block_m]
 
@@ -424,8 +425,8 @@ def aot_cases() -> list[AotCase]:
     types: dict[str, Any] = offset | {"tile_map_ptr": torch.int32}
     types |= dict.fromkeys(("num_rows", "num_experts", "num_tiles"), int)
     for num_experts in (8, 256):
-        blocks = {"EXPERTS": triton.next_power_of_2(num_experts + 1), "BLOCK": MAP_BLOCK}
-        cases.append(AotCase(_tile_map_kernel, types, Tile({"BLOCK_M": 128}), blocks))
+        tile = Tile({"BLOCK_M": 128})
+        cases.append(AotCase(_tile_map_kernel, types, tile, map_blocks(num_experts)))
     return cases
 
 
