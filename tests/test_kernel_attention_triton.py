@@ -130,6 +130,20 @@ def test_gradient_by_atomics_equals_float64(device, shape, window, documents):
     check(make(shape, device), window=window, document_ids=ids, deterministic=False)
 
 
+@pytest.mark.parametrize("blocks", [(128, 32), (32, 128), (16, 64)])
+@pytest.mark.parametrize(("window", "documents"), [(None, False), (40, False), (None, True)])
+def test_blocks_of_every_shape_visit_what_is_visible(
+    device, monkeypatch, blocks, window, documents
+):
+    tile = triton.Tile({"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "BLOCK_P": 16})
+    monkeypatch.setattr(triton, "_tile", lambda kernel, x: tile)
+    ids = make_documents(1, 230, device) if documents else None
+    for num_queries in (230, 150):
+        tensors = make((1, num_queries, 230, 1, 1, 16), device)
+        deterministic = num_queries == 230
+        check(tensors, deterministic, window=window, document_ids=ids)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_documents_in_pieces_are_joined(device, deterministic):
     ids = make_documents(1, 200, device, ascending=False).long() * 2**40
