@@ -7,11 +7,14 @@ before it. H query heads share G key-value heads: head h reads key-value head h 
 queries than keys (a KV cache), the last query is aligned with the last key.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bench import Case, leaf
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     check_same_device,
     check_shape,
@@ -203,36 +206,82 @@ def fused_attention(
     return out.transpose(1, 2)  # (B, S, H, P)
 
 
-def benchmark_cases(dtype: torch.dtype, device: str) -> list[Case]:
-    """Forward and backward against `scaled_dot_product_attention`, with packed documents."""
-    shapes = ((16, 256, 8, 32), (8, 512, 8, 64), (4, 1024, 8, 64))
-    return [_benchmark_case(shape, dtype, device) for shape in shapes]
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Against `scaled_dot_product_attention`: packed documents, and plain causal with its flash
+    kernel and, where it compiles, FlexAttention; 16 thousand tokens on a GPU, queries in groups."""
+    shapes = [(16, 256, 8, 8, 32), (8, 512, 8, 8, 64), (4, 1024, 8, 8, 64)]
+    if device == "cuda":
+        lengths = (512, 1024, 2048, 4096, 8192, 16384)
+        shapes = [(16384 // n, n, 2048 // p, 2048 // p, p) for p in (64, 128) for n in lengths]
+        shapes += [(4, 4096, 16, 4, 128), (1, 16384, 16, 4, 128)]
+    return [
+        CaseBuilder(
+            f"{kind} {'B{} S{} H{} G{} P{}'.format(*shape)}",
+            partial(_benchmark_case, kind, shape, dtype, device),
+        )
+        for shape in shapes
+        for kind in ("causal", "packed")
+    ]
 
 
-def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
-    batch, seq_len, heads, head_dim = shape
+def _benchmark_case(
+    kind: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+) -> Case:
+    batch, seq_len, heads, groups, head_dim = shape
     torch.manual_seed(0)
-    q, k, v, grad = (leaf(*shape, dtype=dtype, device=device) for _ in range(4))
-    documents = (torch.rand(batch, seq_len, device=device) < 4 / seq_len).cumsum(1)
+    q = leaf(batch, seq_len, heads, head_dim, dtype=dtype, device=device)
+    k, v = (leaf(batch, seq_len, groups, head_dim, dtype=dtype, device=device) for _ in range(2))
+    documents = None
+    if kind == "packed":
+        documents = (torch.rand(batch, seq_len, device=device) < 4 / seq_len).cumsum(1)
 
-    def ours():
-        out = fused_attention(q, k, v, document_ids=documents)
-        return out, *torch.autograd.grad(out, (q, k, v), grad)
-
-    def library(q=q, k=k, v=v, grad=grad):
-        mask = visible_keys(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    def library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = None
+        if documents is not None:
+            mask = visible_keys(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         ).transpose(1, 2)
-        return out, *torch.autograd.grad(out, (q, k, v), grad)
 
-    def reference():
-        q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-        return library(q64, k64, v64, grad.double())
+    rivals = {"scaled_dot_product_attention": Contestant(library, (q, k, v))}
+    if device == "cuda":
+        rivals["FlexAttention"] = Contestant(_flex_attention(documents, seq_len), (q, k, v))
 
+    def ours(q: Tensor, k: Tensor, v: Tensor, backend: str, deterministic: bool = True) -> Tensor:
+        return fused_attention(
+            q, k, v, document_ids=documents, deterministic=deterministic, backend=backend
+        )
+
+    if device == "cuda":
+        fast = partial(ours, backend="triton", deterministic=False)
+        rivals["ours (triton), not deterministic"] = Contestant(fast, (q, k, v))
     return Case(
-        name=f"B{batch} S{seq_len} H{heads} P{head_dim}",
+        name=f"{kind} {'B{} S{} H{} G{} P{}'.format(*shape)}",
         ours=ours,
-        reference=reference,
-        rivals={"scaled_dot_product_attention": library},
+        leaves=(q, k, v),
+        reference=library,
+        rivals=rivals,
+        grad=torch.randn(*q.shape, device=device).to(dtype),
+        tokens=batch * seq_len,
+        # Causal: half of the pairs. With documents fewer, so that the rate is a lower bound's.
+        flops=2 * batch * heads * seq_len**2 * head_dim if kind == "causal" else 0.0,
     )
+
+
+def _flex_attention(documents: Tensor | None, seq_len: int) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b, h, query, key):
+        causal = query >= key
+        return causal if documents is None else causal & (documents[b, query] == documents[b, key])
+
+    batch = None if documents is None else documents.shape[0]
+    mask = create_block_mask(visible, batch, None, seq_len, seq_len)
+    compiled = torch.compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return run

@@ -6,11 +6,14 @@ there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on CPU
 """
 
 import ctypes
+import importlib.util
 import os
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+# Whether Triton is installed: it has no builds for some platforms.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What Triton's matrix units multiply here.
 MATMUL_DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +38,8 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
             raise ValueError(
                 f"{op}: backend 'triton' has no kernel for this operation; use 'auto' or 'torch'"
             )
+        if not HAS_TRITON:
+            raise ValueError(f"{op}: backend 'triton', but triton is not installed; use 'torch'")
         if x.device.type != "cuda" and not interpreting():
             raise ValueError(
                 f"{op}: backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1, for tests), "
@@ -45,9 +50,8 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
                 f"{op}: backend 'triton' computes in float32 at most, got {x.dtype}; use 'torch'"
             )
         return "triton"
-    if backend == "auto" and has_triton and x.device.type == "cuda" and x.dtype in _TRITON_DTYPES:
-        return "triton"
-    return "torch"
+    fits = has_triton and HAS_TRITON and x.device.type == "cuda" and x.dtype in _TRITON_DTYPES
+    return "triton" if backend == "auto" and fits else "torch"
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -400,8 +400,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_h, _grad_a):
-    *grads, grad_scale = swiglu_experts_backward_op(grad, *ctx.saved_tensors, ctx.clamp, ctx.dtype)
-    has_scale = ctx.saved_tensors[4] is not None
+    # Once: activation checkpointing unpacks them one time only.
+    saved = ctx.saved_tensors
+    *grads, grad_scale = swiglu_experts_backward_op(grad, *saved, ctx.clamp, ctx.dtype)
+    has_scale = saved[4] is not None
     plan = None, None, None
     return *grads, grad_scale if has_scale else None, [None] * ctx.num_casts, *plan, None, None
 

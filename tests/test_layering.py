@@ -24,6 +24,7 @@ PLACES = {
     "datasets": ("train/",),
     "tokenizers": ("train/",),
     "tensorboard": ("train/",),
+    "transformers": ("kernels/swiglu_experts_benchmark.py", "moe/interop/", "train/"),
     "safetensors": ("train/", "moe/interop/", "moe/surgery/"),
 }
 VARIANTS = ("moe/routers/", "moe/losses/", "moe/experts/")

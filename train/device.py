@@ -39,7 +39,8 @@ def choose_kernels(setting: str, device: str) -> str:
         ConfigError: if Triton is asked for where it cannot run.
     """
     try:
-        return resolve_backend("model.kernel_backend", setting, torch.empty(0, device=device))
+        probe = torch.empty(0, device=device)
+        return resolve_backend("model.kernel_backend", setting, probe, has_triton=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
