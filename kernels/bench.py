@@ -300,12 +300,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the results there as well")
+    parser.add_argument(
+        "--tune", action="store_true", help="search tiles, write kernels/tiles.json"
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.repeats < 1 or (options.threads is not None and options.threads < 1):
         return _refuse("--repeats and --threads must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch sees no GPU; leave the option out, or use cpu")
+    if options.tune and device == "cpu":
+        return _refuse("--tune needs a GPU: tiles are those of Triton's kernels")
     if options.threads:
         torch.set_num_threads(options.threads)
     beside = importlib.util.find_spec(f"kernels.{options.op}_benchmark")
@@ -329,6 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     for build in cases_of(dtype, device):
         if options.shapes and not any(name in build.name for name in options.shapes):
             continue
+        if options.tune:
+            tune_here(build.case(), TOLERANCE[dtype], options.repeats)
         results.append(run_case(build.case(), options.repeats, limits, TOLERANCE[dtype]))
         print(render(results[-1]), flush=True)
     if not results:
@@ -337,6 +344,15 @@ def main(argv: list[str] | None = None) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
     return int(any("wrong" in result for result in results))
+
+
+def tune_here(case: Case, tolerance: float, repeats: int) -> None:
+    """`--tune` for one case."""
+    from kernels.tune import tune_case
+
+    print(f"{case.name}: tuning")
+    if not tune_case(case, tolerance, repeats, partial(print, flush=True)):
+        print("the tiles of kernels/tiles.json are best")
 
 
 def _refuse(message: str) -> int:

@@ -168,9 +168,6 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda and torch.version.hip is None:
-        # As it leaves the matmul, not rounded to bfloat16 and with no second (V, D) in memory.
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 

@@ -6,6 +6,8 @@ entries; `kernels.aot` shows what each needs of its chip.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +63,12 @@ def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int
     Raises:
         KeyError: if the kernel is not in the table.
     """
+    if _trial is not None:
+        return _trial.choose(kernel, device, dtype, size)
+    return _from_table(kernel, device, dtype, size)
+
+
+def _from_table(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
     by_arch = load_tiles()[kernel]
     arch = architecture(device)
     if arch not in by_arch:
@@ -70,3 +78,54 @@ def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int
     by_size = by_dtype[name if name in by_dtype else "float32"]
     fitting = [int(bucket) for bucket in by_size if bucket != "any" and size <= int(bucket)]
     return by_size[str(min(fitting)) if fitting else "any"]
+
+
+class Launch(NamedTuple):
+    """What a kernel was launched with; dtype by its name."""
+
+    arch: str
+    dtype: str
+    size: int
+    tile: Tile
+
+
+class Trial:
+    """Tiles on trial instead of the table's, for `kernels.tune`.
+
+    instead: kernel -> Tile. latest: kernel -> its latest Launch.
+    """
+
+    def __init__(self) -> None:
+        self.instead: dict[str, Tile] = {}
+        self.latest: dict[str, Launch] = {}
+
+    def choose(self, kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
+        """The tile on trial, else that of the table."""
+        tile = self.instead.get(kernel) or _from_table(kernel, device, dtype, size)
+        name = str(dtype).removeprefix("torch.")
+        self.latest[kernel] = Launch(architecture(device), name, size, tile)
+        return tile
+
+
+_trial: Trial | None = None
+
+
+@contextmanager
+def on_trial() -> Iterator[Trial]:
+    """Within the block `choose_tile` asks the Trial, in every thread of the process."""
+    global _trial
+    _trial = Trial()
+    try:
+        yield _trial
+    finally:
+        _trial = None
+
+
+def save_tile(kernel: str, arch: str, dtype: str, bucket: str, tile: Tile) -> None:
+    """Write an entry of the table; for an architecture that had none, the only one is `any` too."""
+    raw = json.loads(TABLE.read_text())
+    by_size = raw[kernel].setdefault(arch, {}).setdefault(dtype, {})
+    by_size[bucket] = tile._asdict()
+    by_size.setdefault("any", tile._asdict())
+    TABLE.write_text(json.dumps(raw, indent=1) + "\n")
+    load_tiles.cache_clear()
