@@ -81,7 +81,8 @@ def test_wheel_holds_every_file_of_the_three_packages(wheel):
     expected = {
         path.relative_to(ROOT).as_posix()
         for name in ("kernels", "moe", "train")
-        for path in (ROOT / name).rglob("*.py")
+        for path in (ROOT / name).rglob("*")
+        if path.suffix in (".py", ".json")
     }
     assert files == expected
 
