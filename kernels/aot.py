@@ -72,12 +72,14 @@ class AotCase(NamedTuple):
 
 class Resources(NamedTuple):
     """registers of a thread; spills: instructions that move registers to memory and back;
-    shared_memory: bytes; matrix: matrix-unit instructions (wgmma on sm_90); wide_loads, loads:
-    copies to shared memory of 16 bytes, and all."""
+    shared_memory: bytes; has_dot: whether the kernel multiplies matrices, itself or in a function
+    that it calls; matrix: matrix-unit instructions (wgmma on sm_90); wide_loads, loads: copies to
+    shared memory of 16 bytes, and all."""
 
     registers: int
     spills: int
     shared_memory: int
+    has_dot: bool
     matrix: int
     wide_loads: int
     loads: int
@@ -120,7 +122,7 @@ def compile_case(case: AotCase, arch: str) -> Any:
 
 def resources(compiled: Any, arch: str) -> Resources:
     """What a compiled kernel needs, read from its machine code."""
-    shared = compiled.metadata.shared
+    shared, has_dot = compiled.metadata.shared, "tt.dot" in compiled.asm["ttir"]
     if not arch.startswith("sm_"):
         text = compiled.asm["amdgcn"]
 
@@ -129,7 +131,7 @@ def resources(compiled: Any, arch: str) -> Resources:
 
         registers, spills = number("vgpr_count"), number("vgpr_spill_count")
         wide, loads = text.count("global_load_dwordx4"), len(re.findall("global_load_", text))
-        return Resources(registers, spills, shared, text.count("v_mfma"), wide, loads)
+        return Resources(registers, spills, shared, has_dot, text.count("v_mfma"), wide, loads)
     import triton
 
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -152,7 +154,7 @@ def resources(compiled: Any, arch: str) -> Resources:
     wide = count(r"LDGSTS[^;]*\.128") + count(r"LDG\.E\.128") + count("UTMALDG")
     loads = count("LDGSTS") + count(r"\bLDG\.") + count("UTMALDG")
     spills = count(r"\bSTL\b") + count(r"\bLDL\b")
-    return Resources(int(usage[1]), spills, shared, matrix, wide, loads)
+    return Resources(int(usage[1]), spills, shared, has_dot, matrix, wide, loads)
 
 
 def operations() -> list[str]:
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
                 if arch not in case.architectures:
                     continue
                 needed = resources(compile_case(case, arch), arch)
-                facts = needed._asdict() | {"has_dot": "tl.dot(" in case.kernel.src}
+                facts = needed._asdict()
                 table.setdefault(f"{op}: {case.label()}", {})[arch] = facts
                 too_much = needed.shared_memory > SHARED_MEMORY[arch]
                 bad = too_much or (needed.spills > 0 and not case.spills)

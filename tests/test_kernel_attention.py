@@ -1,6 +1,7 @@
 """Does attention see the keys it may see, and no others, on every code path?"""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -83,16 +84,32 @@ def check(attend, tensors, **options):
         assert_equals(actual, expected, name, least=1.0)
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 5, 100])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+def cases(quick, *lists):
+    """All combinations, of which those that are not `quick` are slow."""
+    return [
+        pytest.param(*case, marks=() if case in quick else pytest.mark.slow)
+        for case in product(*lists)
+    ]
+
+
+# Every window with and without documents, and every way to share heads.
+QUICK = [
+    *product([(4, 2)], [None, 1, 5, 100], [False, True]),
+    *(((2, 2), None, True), ((2, 2), 5, False), ((3, 1), 5, True), ((3, 1), None, False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "with_documents"),
+    cases(QUICK, [(2, 2), (4, 2), (3, 1)], [None, 1, 5, 100], [False, True]),
+)
 def test_attention_and_its_gradients_equal_float64(device, attend, heads, window, with_documents):
     tensors = qkv(2, 19, heads[0], 10, device, groups=heads[1])
     document_ids = documents(2, 19, device) if with_documents else None
     check(attend, tensors, window=window, document_ids=document_ids)
 
 
-@pytest.mark.parametrize("num_queries", [1, 18, 19])
+@pytest.mark.parametrize("num_queries", [1, 18])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_last_query_meets_last_key_of_a_cache(device, attend, num_queries, window, with_documents):
@@ -220,8 +237,7 @@ def test_bfloat16_by_autocast_is_as_exact_as_eager(device, attend, num_queries):
         assert_bfloat16(*triple, name)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "groups"), cases([(1, 4), (2, 1), (1, 2)], [1, 2], [1, 2, 4]))
 def test_noncontiguous_inputs_and_expanded_gradient(device, attend, batch, groups):
     tensors = qkv(batch, 33, 4, 6, device, groups=groups)
     strided = [t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for t in tensors]
