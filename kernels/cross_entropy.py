@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+from kernels.matmul import matmul
 
 # Elements of a block of logits: as many rows as fit go through one matmul, so that the (V, D) sum
 # of the weight gradients is read and written seldom.
@@ -71,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group = max(16, GROUP_ELEMENTS // weight.shape[0])
         for first in range(0, xs.shape[0], block):
             rows = slice(first, min(first + block, xs.shape[0]))
-            logits = xs[rows] @ w.T  # (n, V)
+            logits = matmul(xs[rows], w.T)  # (n, V)
             for part in range(first, rows.stop, group):
                 these = slice(part, min(part + group, rows.stop))
                 nll, z = _softmax_rows(
@@ -84,11 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll_sum += nll
                 z_sum += z
             if wants_grad:
-                torch.mm(logits, w, out=grad_x[rows])
-                if dtype == wide:
-                    grad_w.addmm_(logits.T, xs[rows])
-                else:
-                    grad_w += logits.T @ xs[rows]
+                matmul(logits, w, out=grad_x[rows])
+                grad_w += matmul(logits.T, xs[rows])
         z_loss = z_loss_weight * z_sum
         if wants_grad:
             ctx.save_for_backward(grad_x, grad_w)

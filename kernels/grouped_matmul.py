@@ -20,6 +20,10 @@ from kernels.launch import (
     no_autocast,
     resolve_backend,
 )
+from kernels.matmul import goes_to_onednn, matmul
+
+# Rows that an expert's matmul is padded to a multiple of, where that pays.
+PADDED_ROWS = 32
 
 
 class Span(NamedTuple):
@@ -43,26 +47,31 @@ class RowLayout(NamedTuple):
     position: Tensor | None
 
 
-def row_quantum(device: torch.device, dtype: torch.dtype) -> int:
-    """The number of rows of an expert's matmul is padded to a multiple of this.
+def row_quantum(num_rows: int, num_experts: int, x: Tensor) -> int:
+    """The number of rows of an expert's matmul, of which x is a factor, is padded to a multiple of
+    this.
 
-    On a CPU, each new shape of a bfloat16 matmul is compiled at its first use (by oneDNN), which
-    takes five times as long as the matmul; and experts have another number of rows at every step.
-    Padded, the shapes repeat and the compiled ones are found again.
+    On a CPU, oneDNN compiles each new shape of a matmul at its first use, which takes two to five
+    times as long as the matmul; and experts have another number of rows at every step. Padded, the
+    shapes repeat and the compiled ones are found again. Few rows have few shapes as they are.
     """
-    return 64 if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
+    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    many = num_rows >= PADDED_ROWS * num_experts
+    return PADDED_ROWS if many and (narrow or goes_to_onednn(x)) else 1
 
 
-def layout_rows(expert_offsets: Tensor, num_rows: int, quantum: int) -> RowLayout:
-    """Lay out `num_rows` rows so that each expert begins at a multiple of `quantum`."""
+def layout_rows(expert_offsets: Tensor, num_rows: int, x: Tensor) -> RowLayout:
+    """Lay out `num_rows` rows for matmuls of x so that each expert begins at a multiple of
+    `row_quantum`."""
     offsets = expert_offsets.tolist()
+    quantum = row_quantum(num_rows, len(offsets) - 1, x)
     spans, start = [], 0
     for e, (first, end) in enumerate(itertools.pairwise(offsets)):
         if end > first:
             stop = start + -(-(end - first) // quantum) * quantum
             spans.append(Span(e, start, start + end - first, stop))
             start = stop
-    if quantum == 1:
+    if quantum == 1 or not spans:
         return RowLayout(spans, num_rows, None)
     shifts = torch.tensor([span.first - offsets[span.expert] for span in spans], dtype=torch.long)
     sizes = torch.tensor([span.end - span.first for span in spans], dtype=torch.long)
@@ -112,13 +121,14 @@ class _GroupedMatmul(torch.autograd.Function):
     # backward pass (5 times the time at 64 experts); a Function writes each slice once.
     @staticmethod
     def forward(ctx, rows, weight, expert_offsets, dtype):
-        layout = layout_rows(expert_offsets, rows.shape[0], row_quantum(rows.device, dtype))
-        x, w = place_rows(rows.to(dtype), layout), weight.to(dtype)
+        rows_dtype, rows = rows.dtype, rows.to(dtype)
+        layout = layout_rows(expert_offsets, rows.shape[0], rows)
+        x, w = place_rows(rows, layout), weight.to(dtype)
         out = x.new_empty(x.shape[0], weight.shape[1])
         for e, first, _, stop in layout.spans:
-            torch.mm(x[first:stop], w[e].T, out=out[first:stop])
+            matmul(x[first:stop], w[e].T, out=out[first:stop])
         ctx.save_for_backward(x, w)
-        ctx.layout, ctx.num_rows, ctx.dtypes = layout, rows.shape[0], (rows.dtype, weight.dtype)
+        ctx.layout, ctx.num_rows, ctx.dtypes = layout, rows.shape[0], (rows_dtype, weight.dtype)
         return take_rows(out, layout, rows.shape[0])
 
     @staticmethod
@@ -131,8 +141,8 @@ class _GroupedMatmul(torch.autograd.Function):
         zero_idle_experts(ctx.layout, grad_weight)
         for e, first, _, stop in ctx.layout.spans:
             g = grad_out[first:stop]
-            torch.mm(g, w[e], out=grad_rows[first:stop])
-            grad_weight[e] = g.T @ x[first:stop]
+            matmul(g, w[e], out=grad_rows[first:stop])
+            matmul(g.T, x[first:stop], out=grad_weight[e])
         grad_rows = take_rows(grad_rows, ctx.layout, ctx.num_rows)
         return grad_rows.to(rows_dtype), grad_weight, None, None
 

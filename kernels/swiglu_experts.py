@@ -30,7 +30,6 @@ from kernels.grouped_matmul import (
     Span,
     layout_rows,
     place_rows,
-    row_quantum,
     rows_in_use,
     take_rows,
     zero_idle_experts,
@@ -42,8 +41,11 @@ from kernels.launch import (
     no_autocast,
     resolve_backend,
 )
+from kernels.matmul import matmul
 
 SAVE = ("x", "xh", "xha")
+# An F below which matmuls of w1 and w3 apart are slow on a CPU.
+NARROW = 256
 # Elements of the (rows, F) temporaries of one pass over neighbouring experts.
 GROUP_ELEMENTS = 1 << 19
 
@@ -57,36 +59,40 @@ class _Options(NamedTuple):
 class _Weights(NamedTuple):
     """The experts' matrices in the dtype of the matmuls.
 
-    up: the matrices that make H (R, 2F), gate then up, each with its columns of H: one stack
-    (E, 2F, D), which makes one larger matmul, where a cast has to copy them anyway; else w1 and w3.
-    down: w2 (E, D, F).
+    up: those that make H: one stack (E, 2F, D), gate then up, which makes one larger matmul, where
+    a cast has to copy them anyway or they are narrow; else w1 and w3. down: w2 (E, D, F).
     """
 
-    up: list[tuple[Tensor, slice]]
+    up: list[Tensor]
     down: Tensor
 
 
 def _cast_weights(w1: Tensor, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> _Weights:
     inner = w1.shape[1]
-    if w1.dtype == dtype:
-        return _Weights([(w1, slice(0, inner)), (w3, slice(inner, None))], w2)
+    if w1.dtype == dtype and inner >= NARROW:
+        return _Weights([w1, w3], w2)
     both = w1.new_empty(w1.shape[0], 2 * inner, w1.shape[2], dtype=dtype)
     both[:, :inner], both[:, inner:] = w1, w3
-    return _Weights([(both, slice(None))], w2.to(dtype))
+    return _Weights([both], w2.to(dtype))
 
 
 def _up_projection(x_rows: Tensor, weights: _Weights, spans: list[Span]) -> Tensor:
-    """H (R, 2F), gate then up, of all rows."""
-    h = x_rows.new_empty(x_rows.shape[0], 2 * weights.down.shape[2])
+    """H of all rows: gate and up (2, R, F) of two matrices, or both (1, R, 2F) of their stack."""
+    h = x_rows.new_empty(len(weights.up), x_rows.shape[0], weights.up[0].shape[1])
     for e, first, _, stop in spans:
-        for w, columns in weights.up:
-            torch.mm(x_rows[first:stop], w[e].T, out=h[first:stop, columns])
+        for part, w in zip(h, weights.up, strict=True):
+            matmul(x_rows[first:stop], w[e].T, out=part[first:stop])
     return h
 
 
+def _gate_and_up(h: Tensor) -> tuple[Tensor, ...]:
+    """Views (n, F) of H, whichever way it is laid out."""
+    return h.unbind(0) if h.shape[0] == 2 else h[0].chunk(2, -1)
+
+
 def _swiglu(h: Tensor, clamp: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate), and gate and up after the clamp, each (n, F), from H (n, 2F)."""
-    gate, up = h.chunk(2, -1)
+    """silu(gate), and gate and up after the clamp, each (n, F), from H of these rows."""
+    gate, up = _gate_and_up(h)
     if clamp is not None:
         gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
     return F.silu(gate), gate, up
@@ -113,13 +119,13 @@ def _forward_rows(
     h = _up_projection(x_rows, weights, spans)
     y = torch.empty_like(x_rows)
     inner = weights.down.shape[2]
-    kept_a = h.new_empty(h.shape[0], inner) if options.save == "xha" else None
+    kept_a = h.new_empty(h.shape[1], inner) if options.save == "xha" else None
     for group in _groups(spans, inner):
         start = group[0].first
-        activated, _, up = _swiglu(h[start : group[-1].stop], options.clamp)
+        activated, _, up = _swiglu(h[:, start : group[-1].stop], options.clamp)
         a = activated.mul_(up)  # (n, F)
         for e, first, _, stop in group:
-            torch.mm(a[first - start : stop - start], weights.down[e].T, out=y[first:stop])
+            matmul(a[first - start : stop - start], weights.down[e].T, out=y[first:stop])
         if kept_a is not None:
             kept_a[start : group[-1].stop] = a
     return y, (None if options.save == "x" else h, kept_a)
@@ -144,46 +150,42 @@ def _backward_rows(grad_y, x_rows, weights, scale, kept, spans, options, weight_
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype)
     for group in _groups(spans, inner):
         start, rows = group[0].first, slice(group[0].first, group[-1].stop)
-        activated, gate, up = _swiglu(h[rows], options.clamp)
+        activated, gate, up = _swiglu(h[:, rows], options.clamp)
         a = activated * up if kept_a is None else kept_a[rows]  # (n, F)
         grad_a = torch.empty_like(a)
         for e, first, _, stop in group:
-            torch.mm(grad_y[first:stop], weights.down[e], out=grad_a[first - start : stop - start])
+            matmul(grad_y[first:stop], weights.down[e], out=grad_a[first - start : stop - start])
         # grad_a is that of y before the combine weight until here, and with it from here on.
         grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
         s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
         grad_a, g = grad_a.mul_(s), grad_y[rows] * s
-        grad_h = _swiglu_backward(grad_a, activated, gate, up, h[rows], options.clamp)  # (n, 2F)
+        grad_h = _swiglu_backward(grad_a, activated, gate, up, h[:, rows], options.clamp)
         for e, first, _, stop in group:
             local, x = slice(first - start, stop - start), x_rows[first:stop]
-            for index, (w, columns) in enumerate(weights.up):
-                part = grad_h[local, columns]
-                if index == 0:
-                    torch.mm(part, w[e], out=grad_x[first:stop])
-                else:
-                    grad_x[first:stop].addmm_(part, w[e])
+            matmul(grad_h[0, local], weights.up[0][e], out=grad_x[first:stop])
             if len(weights.up) == 1:
-                both = grad_h[local].T @ x  # (2F, D)
+                both = matmul(grad_h[0, local].T, x)  # (2F, D)
                 grad_w1[e], grad_w3[e] = both[:inner], both[inner:]
             else:
-                torch.mm(grad_h[local, :inner].T, x, out=grad_w1[e])
-                torch.mm(grad_h[local, inner:].T, x, out=grad_w3[e])
-            grad_w2[e] = g[local].T @ a[local]
+                grad_x[first:stop] += matmul(grad_h[1, local], weights.up[1][e])
+                matmul(grad_h[0, local].T, x, out=grad_w1[e])
+                matmul(grad_h[1, local].T, x, out=grad_w3[e])
+            matmul(g[local].T, a[local], out=grad_w2[e])
     return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
 
 
 def _swiglu_backward(
     grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, h: Tensor, clamp: float | None
 ) -> Tensor:
-    """Gradient of H (n, 2F) from that of a (n, F); `activated` and `grad_a` are used up."""
-    inner = gate.shape[-1]
+    """Gradient of H, laid out as H, from that of a (n, F); `activated`, `grad_a` are used up."""
     grad_h = torch.empty_like(h)
-    torch.mul(activated, grad_a, out=grad_h[:, inner:])
-    grad_h[:, :inner] = torch.ops.aten.silu_backward(grad_a.mul_(up), gate)
+    grad_gate, grad_up = _gate_and_up(grad_h)
+    torch.mul(activated, grad_a, out=grad_up)
+    torch.ops.aten.silu_backward(grad_a.mul_(up), gate, grad_input=grad_gate)
     if clamp is not None:
-        outside = h[:, :inner] > clamp, h[:, inner:].abs() > clamp
-        grad_h[:, :inner].masked_fill_(outside[0], 0)
-        grad_h[:, inner:].masked_fill_(outside[1], 0)
+        raw_gate, raw_up = _gate_and_up(h)
+        grad_gate.masked_fill_(raw_gate > clamp, 0)
+        grad_up.masked_fill_(raw_up.abs() > clamp, 0)
     return grad_h
 
 
@@ -193,16 +195,15 @@ class _SwigluExpertsSorted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, w1, w2, w3, scale, expert_offsets, options):
         num_rows = rows.shape[0]
-        layout = layout_rows(expert_offsets, num_rows, row_quantum(rows.device, options.dtype))
+        ctx.dtypes, rows = (rows.dtype, w1.dtype), rows.to(options.dtype)
+        layout = layout_rows(expert_offsets, num_rows, rows)
         weights = _cast_weights(w1, w2, w3, options.dtype)
-        x_rows = place_rows(rows.to(options.dtype), layout)
+        x_rows = place_rows(rows, layout)
         y, kept = _forward_rows(x_rows, weights, layout.spans, options)
         y, used = take_rows(y, layout, num_rows), rows_in_use(layout)
         y[:used] *= scale[:used].unsqueeze(-1)
-        matrices = [w for w, _ in weights.up]
-        ctx.save_for_backward(x_rows, scale, *kept, weights.down, *matrices)
-        ctx.columns = [columns for _, columns in weights.up]
-        ctx.layout, ctx.options, ctx.dtypes = layout, options, (rows.dtype, w1.dtype)
+        ctx.save_for_backward(x_rows, scale, *kept, weights.down, *weights.up)
+        ctx.layout, ctx.options = layout, options
         return y
 
     @staticmethod
@@ -212,7 +213,7 @@ class _SwigluExpertsSorted(torch.autograd.Function):
         grad_x, grad_scale, *grad_weights = _backward_rows(
             place_rows(grad_y.contiguous(), ctx.layout),
             x_rows,
-            _Weights(list(zip(up, ctx.columns, strict=True)), down),
+            _Weights(up, down),
             place_rows(scale, ctx.layout),
             (h, a),
             ctx.layout.spans,
@@ -230,18 +231,14 @@ class _SwigluExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w1, w2, w3, topk_weights, plan, options):
-        quantum = row_quantum(x.device, options.dtype)
-        layout = layout_rows(plan.expert_offsets, plan.num_rows, quantum)
+        ctx.dtypes, x = (x.dtype, w1.dtype), x.to(options.dtype)
+        layout = layout_rows(plan.expert_offsets, plan.num_rows, x)
         weights = _cast_weights(w1, w2, w3, options.dtype)
-        ctx.dtypes = x.dtype, w1.dtype
-        x = x.to(options.dtype)
         y, kept = _forward_rows(_gather(x, plan, layout), weights, layout.spans, options)
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
         out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
-        matrices = [w for w, _ in weights.up]
-        ctx.save_for_backward(x, topk_weights, *kept, weights.down, *matrices)
-        ctx.columns = [columns for _, columns in weights.up]
+        ctx.save_for_backward(x, topk_weights, *kept, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options
         return out
 
@@ -253,7 +250,7 @@ class _SwigluExperts(torch.autograd.Function):
         grad_rows, grad_scale, *grad_weights = _backward_rows(
             _gather(grad_out.to(x.dtype), plan, layout),
             _gather(x, plan, layout),
-            _Weights(list(zip(up, ctx.columns, strict=True)), down),
+            _Weights(up, down),
             place_rows(weights_by_row(plan.row_of, topk_weights), layout),
             (h, a),
             layout.spans,
@@ -284,7 +281,7 @@ def _gather(x: Tensor, plan: DispatchPlan, layout: RowLayout) -> Tensor:
 
 def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:
     """(T, K) buffer row of each assignment, -1 for none."""
-    if layout.position is None or layout.position.numel() == 0:
+    if layout.position is None:
         return plan.row_of
     return layout.position[plan.row_of.clamp(min=0)].masked_fill_(plan.row_of < 0, -1)
 

@@ -6,21 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import fused_attention
-from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from moe.config import ModelConfig
-
-
-class RMSNorm(nn.Module):
-    """`kernels.rms_norm` with its weight (D,)."""
-
-    def __init__(self, size: int, eps: float, backend: str = "auto"):
-        super().__init__()
-        self.eps, self.backend = eps, backend
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+from moe.modules import Linear, RMSNorm
 
 
 class KVCache(NamedTuple):
@@ -42,10 +30,10 @@ class CausalSelfAttention(nn.Module):
         self.rope_theta, self.qk_norm = attention.rope_theta, attention.qk_norm
         hidden = config.hidden_size
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.wq = nn.Linear(hidden, q_size, bias=False)
-        self.wk = nn.Linear(hidden, kv_size, bias=False)
-        self.wv = nn.Linear(hidden, kv_size, bias=False)
-        self.wo = nn.Linear(q_size, hidden, bias=False)
+        self.wq = Linear(hidden, q_size)
+        self.wk = Linear(hidden, kv_size)
+        self.wv = Linear(hidden, kv_size)
+        self.wo = Linear(q_size, hidden)
         if self.qk_norm != "none":
             per_head = self.qk_norm == "head"
             self.q_norm = RMSNorm(self.head_dim if per_head else q_size, eps, self.backend)

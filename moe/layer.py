@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.dispatcher import local_dispatch
+from moe.modules import Linear
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant
 
@@ -22,9 +23,9 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.w1 = Linear(hidden_size, intermediate_size)
+        self.w2 = Linear(intermediate_size, hidden_size)
+        self.w3 = Linear(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from moe.attention import CausalSelfAttention, KVCache, RMSNorm
+from kernels.matmul import linear
+from moe.attention import CausalSelfAttention, KVCache
 from moe.config import ModelConfig
 from moe.layer import DenseFeedForward, MoELayer, init_feed_forward
 from moe.losses import LossContext
+from moe.modules import RMSNorm
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant
 
@@ -109,7 +110,7 @@ class Head(nn.Module):
         self, x: Tensor, labels: Tensor | None = None, *, need_logits: bool = True
     ) -> tuple[Tensor | None, LinearCrossEntropy | None]:
         """Logits (B, S, V) of x (B, S, D) if needed, and the loss of labels (B, S) if given."""
-        logits = F.linear(x, self.weight) if need_logits else None
+        logits = linear(x, self.weight) if need_logits else None
         if labels is None:
             return logits, None
         loss = linear_cross_entropy(

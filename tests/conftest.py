@@ -72,6 +72,19 @@ def poisoned_memory():
 
 
 @pytest.fixture
+def always_onednn(monkeypatch):
+    """Float32 products go to oneDNN, and experts' rows are padded, however few there are."""
+    # Not before the interpreter is chosen, above.
+    from kernels import grouped_matmul, matmul
+
+    if not matmul.has_fast_float32():
+        pytest.skip("float32 products stay with PyTorch's choice on this CPU")
+    monkeypatch.setattr(matmul, "MIN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(matmul, "MIN_GRADIENT_SIZE", 1)
+    monkeypatch.setattr(grouped_matmul, "PADDED_ROWS", 4)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 3 MB, where the system lets us mount one."""
     disk = tmp_path / "disk"

@@ -70,6 +70,11 @@ def test_more_columns_than_a_block(device, backend):
     check(device, backend, "dropped", 40, 150, 70)
 
 
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "nothing assigned"])
+def test_padded_rows_and_onednn_equal_float64(device, always_onednn, case):
+    check(device, "torch", case, 63)
+
+
 def test_gradcheck():
     _, offsets, num_rows, num_experts = expert_of_row("dropped", 4, "cpu")
     rows, weight = leaves(

@@ -16,7 +16,7 @@ from conftest import (
 )
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
-from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
+from kernels.swiglu_experts import NARROW, swiglu_experts, swiglu_experts_sorted
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D, WIDTH = 17, 11
@@ -95,6 +95,12 @@ def test_more_columns_than_a_block(device, backend):
 @pytest.mark.parametrize("clamp", [None, 0.5])
 def test_clamp_and_save_modes_equal_float64(device, case, save, clamp):
     check(device, "torch", case, 63, clamp, save)
+
+
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "nothing assigned"])
+@pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
+def test_padded_rows_and_onednn_equal_float64(device, always_onednn, case, width):
+    check(device, "torch", case, 63, 0.5, width=width)
 
 
 @pytest.mark.parametrize(("save", "clamp"), [("x", 0.5), ("xh", 0.5), ("xha", None)])

@@ -9,6 +9,7 @@ import torch
 
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
 from kernels.grouped_matmul import row_quantum
+from kernels.swiglu_experts import NARROW
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
 from train.config import RunConfig
@@ -160,7 +161,8 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     blocks = [
         tokens * _attention_bytes(model, training.seq_len, compute_bytes)
         + tokens * _feed_forward_bytes(model, layer, compute_bytes)
-        + _half_precision_bytes(model, layer, compute_bytes)
+        + _weight_copy_bytes(model, layer, compute_bytes)
+        + _padding_bytes(model, layer, tokens, compute_bytes)
         for layer in range(model.num_layers)
     ]
     kept = sum(blocks)
@@ -209,20 +211,30 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
 
 
-def _half_precision_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """What a block keeps in bfloat16 however many tokens there are: copies of the weights, and the
-    rows that pad each expert, half of `row_quantum` on average."""
+def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
+    """Copies of weights that a block keeps: all that are multiplied in bfloat16; in float32, w1 and
+    w3 where they are stacked."""
+    moe = model.moe
     if c == _FLOAT32:
-        return 0
+        stacked = model.is_moe_layer(layer) and moe.intermediate_size < NARROW
+        return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths, padding = model.dense_intermediate_size, 0
+    widths = model.dense_intermediate_size
     if model.is_moe_layer(layer):
-        moe = model.moe
         widths = moe.num_experts * moe.intermediate_size
         widths += moe.num_shared_experts * model.shared_intermediate_size
-        rows = moe.num_experts * row_quantum(torch.device("cpu"), torch.bfloat16) // 2
-        padding = rows * _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
-    return c * (model.hidden_size * (heads * model.head_dim + 3 * widths) + padding)
+    return c * model.hidden_size * (heads * model.head_dim + 3 * widths)
+
+
+def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
+    """Of the rows that pad each expert's: half of `row_quantum` on average."""
+    if not model.is_moe_layer(layer):
+        return 0
+    moe = model.moe
+    factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
+    quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
+    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
+    return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)
 
 
 def format_count(count: float) -> str:

@@ -13,11 +13,11 @@ Sources: Shazeer et al., arXiv 1701.06538; jitter: Switch Transformers, arXiv 21
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels.launch import at_least_float32, no_autocast
+from kernels.matmul import linear
 from kernels.routing import fused_topk
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Count, Real, VariantConfig
@@ -75,7 +75,7 @@ class Router(nn.Module):
                     x.shape, generator=context.generator, device=x.device, dtype=x.dtype
                 )
                 x = x * (1 + config.jitter * (2 * noise - 1))
-            router_logits = F.linear(x, at_least_float32(self.weight))  # (T, E)
+            router_logits = linear(x, at_least_float32(self.weight))  # (T, E)
         chosen = fused_topk(
             router_logits,
             config.top_k,

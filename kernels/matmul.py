@@ -1,0 +1,132 @@
+"""Plain matrix products and the linear layer, on a CPU by the faster library.
+
+PyTorch leaves float32 products on x86 to MKL, which does not use AVX-512 on chips other than
+Intel's, and gives only narrower dtypes to oneDNN, which does. Here float32 goes to oneDNN too,
+where a product is large enough to pay for the call: half the time on an AMD EPYC. Each new shape is
+compiled at its first use (see `kernels.grouped_matmul.row_quantum`).
+"""
+
+import math
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.bench import Case, CaseBuilder, Contestant, leaf
+from kernels.launch import check_same_device, check_shape
+
+# Multiplications, from which oneDNN is the faster one.
+MIN_MULTIPLICATIONS = 1 << 22
+# A weight gradient has its smaller factor transposed for oneDNN first, which pays from this many
+# rows or columns of the result.
+MIN_GRADIENT_SIZE = 256
+
+
+@cache
+def has_fast_float32() -> bool:
+    """Whether float32 products on this CPU go to oneDNN."""
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    # An operator that PyTorch keeps for its compiler; without it, products stay with MKL.
+    present = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return capable and present and torch.backends.mkldnn.is_available()
+
+
+def goes_to_onednn(x: Tensor) -> bool:
+    """Whether products of `x` that are large enough go to oneDNN by this file's doing."""
+    narrow = torch.is_autocast_enabled("cpu")
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not narrow and has_fast_float32()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, K) @ weight (N, K)^T; x is copied unless its rows are contiguous."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`torch.mm` of a (M, K) and b (K, N), without gradients; float32 as this file says.
+
+    out: (M, N), of any dtype.
+    """
+    if out is not None and out.dtype != a.dtype:
+        return out.copy_(matmul(a, b))
+    rows, columns = a.shape[0], b.shape[1]
+    transposed = a.stride(1) != 1
+    if (
+        rows * columns * a.shape[1] < MIN_MULTIPLICATIONS
+        or (transposed and max(rows, columns) < MIN_GRADIENT_SIZE)
+        or not goes_to_onednn(a)
+    ):
+        return torch.mm(a, b, out=out)
+    # The first factor is copied unless its rows are contiguous: then rather the smaller one.
+    product = _onednn(b.T, a).T if transposed and columns < rows else _onednn(a, b.T)
+    return product if out is None else out.copy_(product)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        grad_y = grad_y.contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul(grad_y, weight)
+        if ctx.needs_input_grad[1]:
+            grad_weight = matmul(grad_y.T, x)
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer without bias: y = weight x.
+
+    Args:
+        x: (..., D_in).
+        weight: (D_out, D_in).
+    Returns:
+        (..., D_out) in the dtype of the matmul (autocast's, else that of `x`).
+    Raises:
+        ValueError: if the shapes or devices do not fit.
+    """
+    check_shape("linear", "weight", weight, (None, None))
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, needs (..., {weight.shape[1]})")
+    check_same_device("linear", x=x, weight=weight)
+    if torch.compiler.is_compiling() or not goes_to_onednn(x) or weight.dtype != x.dtype:
+        return F.linear(x, weight)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _Linear.apply(rows, weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Forward and backward against `F.linear`."""
+    shapes = ((512, 128, 256), (2048, 128, 384), (2048, 512, 1024), (2048, 128, 8192))
+    return [
+        CaseBuilder("T{} D{} N{}".format(*shape), partial(_benchmark_case, shape, dtype, device))
+        for shape in shapes
+    ]
+
+
+def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
+    num_tokens, d_in, d_out = shape
+    torch.manual_seed(0)
+    leaves = (
+        leaf(num_tokens, d_in, dtype=dtype, device=device),
+        leaf(d_out, d_in, std=d_in**-0.5, dtype=dtype, device=device),
+    )
+    return Case(
+        name="T{} D{} N{}".format(*shape),
+        ours=lambda x, weight, backend: linear(x, weight),
+        leaves=leaves,
+        reference=F.linear,
+        rivals={"F.linear": Contestant(F.linear, leaves)},
+        grad=torch.randn(num_tokens, d_out, device=device).to(dtype),
+        tokens=num_tokens,
+        flops=2 * num_tokens * d_in * d_out,
+    )
