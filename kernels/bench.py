@@ -1,13 +1,15 @@
 """How fast is a kernel, against named rivals and the machine's own limits?
 
     python -m kernels.bench OP [--shapes NAME ...] [--device cpu|cuda] [--dtype bfloat16]
-                               [--repeats N] [--threads N] [--json FILE] [--tune]
+                               [--repeats N] [--threads N] [--json FOLDER] [--tune]
 
-OP is a file of this folder with `benchmark_cases()`, in it or in OP_benchmark.py beside it. Forward
-and gradients are checked against a float64 reference first; a wrong result is not timed. All
-contestants run in one process, in turns. Printed are medians with the middle half's spread, TFLOP/s
-or GB/s, and the share of what a plain matmul or a copy reaches on the same machine in the same run;
-for ours also the bytes that are saved for the backward pass, and on a GPU the peak memory.
+OP is a file of this folder with `benchmark_cases()`, in it or in OP_benchmark.py beside it, or
+`all` of them. Forward and gradients are checked against a float64 reference first; a wrong result
+is not timed. All contestants run in one process, in turns. Printed are medians with the middle
+half's spread, TFLOP/s or GB/s, and the share of what a plain matmul or a copy reaches on the same
+machine in the same run; for ours also the bytes that are saved for the backward pass, and on a GPU
+the peak memory. --json adds a file CHIP_OP_DTYPE.json to a folder, of which `kernels.report` makes
+tables.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -31,11 +34,15 @@ from kernels.launch import resolve_backend, tune_allocator
 
 
 class Contestant(NamedTuple):
-    """One implementation: run(*leaves) -> output; leaves: tensors whose gradients are asked for,
-    none for an operation on indices."""
+    """One implementation: run(*leaves) -> output.
+
+    leaves: tensors whose gradients are asked for, none for an operation on indices. same: whether
+    the output is that of the operation, and not of another one that stands for a limit.
+    """
 
     run: Callable[..., Tensor]
     leaves: tuple[Tensor, ...]
+    same: bool = True
 
     def both(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The output, and the gradients of the leaves for the output's gradient `grad`."""
@@ -49,7 +56,7 @@ class Case(NamedTuple):
     """One shape of one operation.
 
     ours: takes `backend` and the leaves. reference: the same function of the leaves, for float64.
-    rivals: by name; those that compute something else (a dense layer of equal FLOPs) among them.
+    rivals: by name.
     grad: gradient of the output. flops: of the forward pass, 0 where memory decides; moved_bytes:
     what the forward pass has to read and write. tokens: rows of the input.
     """
@@ -189,8 +196,9 @@ def backends_for(x: Tensor) -> list[str]:
 def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict[str, Any]:
     """Check, then time one case.
 
-    Returns: `name`, and either `wrong` (a line) or `contestants`: name -> seconds of `forward` and
-    `both` (medians), `spread` of both, `rate` by pass, `share` of the limit, `error`.
+    Returns: `name`, and either `wrong` (a line) or `contestants`: name -> milliseconds of
+    `forward`, `backward` and `both` (medians), `spread` of both, rates, share of the limit,
+    `error`; of a rival that fails or is wrong, `wrong` alone.
     """
     double = tuple(x.detach().double().requires_grad_() for x in case.leaves)
     expected = Contestant(case.reference, double).both(case.grad)
@@ -208,7 +216,12 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
             "saved_bytes_per_token": saved_bytes(ours) / max(1, case.tokens),
             "peak_bytes": peak_bytes(partial(ours.both, case.grad)),
         }
-    contestants |= case.rivals
+    for name, rival in case.rivals.items():
+        wrong = _what_is_wrong(rival, case.grad, expected[0], tolerance)
+        if wrong is None:
+            contestants[name] = rival
+        else:
+            result["contestants"][name] = {"wrong": wrong}
     forward = {name: partial(each.run, *each.leaves) for name, each in contestants.items()}
     both = {name: partial(each.both, case.grad) for name, each in contestants.items()}
     seconds = {"forward": seconds_of(forward, repeats), "both": seconds_of(both, repeats)}
@@ -216,6 +229,20 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
         facts = result["contestants"].setdefault(name, {})
         facts |= _timing(case, {which: seconds[which][name] for which in seconds}, limits)
     return result
+
+
+def _what_is_wrong(
+    rival: Contestant, grad: Tensor, expected: Tensor, tolerance: float
+) -> str | None:
+    """Why a rival is not timed: it fails here, or its output is another one."""
+    try:
+        output = rival.both(grad)[0]
+    except Exception as error:  # whatever a library of others raises
+        lines = str(error).strip().splitlines() or [""]
+        return f"fails here: {type(error).__name__}: {lines[0]}"
+    # A rival may round where ours does not: its gradients are its own affair.
+    off = largest_error((output,), (expected,)) if rival.same else 0.0
+    return None if off <= 3 * tolerance else f"WRONG, error {off:.1e}"
 
 
 def _timing(case: Case, seconds: Mapping[str, list[float]], limits: Limits) -> dict[str, Any]:
@@ -251,6 +278,9 @@ def render(result: Mapping[str, Any]) -> str:
         facts["both_ms"] for name, facts in result["contestants"].items() if name.startswith("ours")
     )
     for name, facts in result["contestants"].items():
+        if "wrong" in facts:
+            lines.append(f"  {name:32} {facts['wrong']}; not timed")
+            continue
         parts = [
             f"{facts['forward_ms']:9.3f} + {facts['backward_ms']:9.3f} = {facts['both_ms']:9.3f} ms"
             f" ±{facts['spread'] / 2:.0%}"
@@ -272,16 +302,49 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def operations() -> list[str]:
+    """The files of this folder that can be measured."""
+    here = Path(__file__).parent
+    texts = {
+        path.stem: path.read_text() for path in sorted(here.glob("*.py")) if path.stem != "bench"
+    }
+    measured = [name for name, text in texts.items() if "\ndef benchmark_cases(" in text]
+    return [name.removesuffix("_benchmark") for name in measured]
+
+
+def cases_of(op: str, dtype: torch.dtype, device: str) -> list[CaseBuilder]:
+    """Its cases, from the file that has them."""
+    beside = importlib.util.find_spec(f"kernels.{op}_benchmark")
+    module = importlib.import_module(f"kernels.{op}_benchmark" if beside else f"kernels.{op}")
+    return module.benchmark_cases(dtype, device)
+
+
+def chip_name(device: str) -> str:
+    """`NVIDIA H200`, `AMD EPYC`, ..."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine_facts(device: str) -> dict[str, Any]:
     """What a result depends on: chip, versions, commit."""
-    chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
     )
-    facts = {"chip": chip, "torch": torch.__version__, "commit": commit.stdout.strip() or None}
+    facts = {
+        "device": device,
+        "chip": chip_name(device),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
     try:
         import triton
 
@@ -292,10 +355,10 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark of one operation; 1 if any result was wrong."""
+    """Run the benchmark of one operation, or of all; 1 if any result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("op")
+    parser.add_argument("op", metavar="OP", help=f"all, or one of {', '.join(operations())}")
     parser.add_argument(
         "--shapes", nargs="+", help="names of cases; those that contain one of them"
     )
@@ -303,51 +366,65 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="write the results there as well")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write the results there too")
     parser.add_argument(
         "--tune", action="store_true", help="search tiles, write kernels/tiles.json"
     )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.op not in ("all", *operations()):
+        return _refuse(f"OP ({options.op}) must be all, or one of {', '.join(operations())}")
     if options.repeats < 1 or (options.threads is not None and options.threads < 1):
         return _refuse("--repeats and --threads must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch sees no GPU; leave the option out, or use cpu")
     if options.tune and device == "cpu":
         return _refuse("--tune needs a GPU: tiles are those of Triton's kernels")
+    if options.json and options.json.exists() and not options.json.is_dir():
+        return _refuse(f"--json ({options.json}) must be a folder")
     if options.threads:
         torch.set_num_threads(options.threads)
-    beside = importlib.util.find_spec(f"kernels.{options.op}_benchmark")
-    try:
-        module = f"kernels.{options.op}_benchmark" if beside else f"kernels.{options.op}"
-        cases_of = importlib.import_module(module).benchmark_cases
-    except (ModuleNotFoundError, AttributeError):
-        return _refuse(f"kernels/{options.op}.py has no benchmark_cases()")
     tune_allocator()
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     limits = Limits(matmul_rate(dtype, device), copy_rate(device))
-    facts = machine_facts(device) | {"op": options.op, "dtype": str(dtype).removeprefix("torch.")}
+    facts = machine_facts(device) | {"dtype": str(dtype).removeprefix("torch.")}
     facts |= {"matmul_tflops": limits.flops / 1e12, "copy_gbps": limits.bandwidth / 1e9}
     print(
-        f"{options.op} in {facts['dtype']} on {device} ({facts['chip']}), torch {facts['torch']}, "
-        f"triton {facts['triton']}, {facts['threads']} threads; limits: matmul "
+        f"{facts['dtype']} on {device} ({facts['chip']}), torch {facts['torch']}, triton "
+        f"{facts['triton']}, {facts['threads']} threads; limits: matmul "
         f"{facts['matmul_tflops']:.3g} TFLOP/s, copy {facts['copy_gbps']:.0f} GB/s\n"
         f"forward + backward = both, medians of {options.repeats} in turns"
     )
     results = []
-    for build in cases_of(dtype, device):
+    for op in operations() if options.op == "all" else [options.op]:
+        print(op)
+        results += run_operation(
+            op, options, limits, facts | {"op": op, "repeats": options.repeats}
+        )
+    if not results:
+        return _refuse(f"--shapes {' '.join(options.shapes or [])}: no such case")
+    return int(any("wrong" in result for result in results))
+
+
+def run_operation(
+    op: str, options: argparse.Namespace, limits: Limits, facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measure and print the cases of one operation; write them if asked to."""
+    dtype = getattr(torch, facts["dtype"])
+    results = []
+    for build in cases_of(op, dtype, facts["device"]):
         if options.shapes and not any(name in build.name for name in options.shapes):
             continue
         if options.tune:
             tune_here(build.case(), TOLERANCE[dtype], options.repeats)
         results.append(run_case(build.case(), options.repeats, limits, TOLERANCE[dtype]))
         print(render(results[-1]), flush=True)
-    if not results:
-        return _refuse(f"--shapes {' '.join(options.shapes or [])}: no such case")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
-    return int(any("wrong" in result for result in results))
+    if options.json and results:
+        options.json.mkdir(parents=True, exist_ok=True)
+        chip = re.sub("[^a-z0-9]+", "_", facts["chip"].lower()).strip("_")
+        path = options.json / f"{chip}_{op}_{facts['dtype']}.json"
+        path.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
+    return results
 
 
 def tune_here(case: Case, tolerance: float, repeats: int) -> None:

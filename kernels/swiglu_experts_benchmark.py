@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.dispatch import permute, plan_dispatch, unpermute
+from kernels.matmul import goes_to_onednn, linear
 from kernels.swiglu_experts import swiglu_experts
 
 
@@ -94,12 +95,15 @@ def _case(name: str, shape: Shape, routing: str, dtype: torch.dtype, device: str
     indices = choose_experts(shape, routing, device)
     leaves = x, w1, w2, w3, combine
     rivals = {
-        "dense layer of equal FLOPs": _dense(x, shape, weight),
+        "dense layer of equal FLOPs": _dense(x, shape, weight, F.linear),
         "F.grouped_mm": Contestant(partial(_grouped, indices), leaves),
         "loop of matmuls": Contestant(partial(expert_by_expert, indices), leaves),
     }
-    if importlib.util.find_spec("transformers") is not None:
-        rivals["Hugging Face"] = _hugging_face(leaves, indices, shape, dtype)
+    if goes_to_onednn(x):
+        rivals["dense layer, our matmuls"] = _dense(x, shape, weight, linear)
+    for library in LIBRARIES:
+        if importlib.util.find_spec(library.module) and (x.is_cuda or library.runs_on_cpu):
+            rivals[library.name] = library.build(leaves, indices, shape, dtype)
 
     def ours(x, w1, w2, w3, combine, backend):
         plan = plan_dispatch(indices, shape.experts, backend=backend)
@@ -144,15 +148,20 @@ def _grouped(
     return unpermute(y, plan, combine)
 
 
-def _dense(x: Tensor, shape: Shape, weight: Callable[..., Tensor]) -> Contestant:
+def _dense(
+    x: Tensor,
+    shape: Shape,
+    weight: Callable[..., Tensor],
+    linear: Callable[[Tensor, Tensor], Tensor],
+) -> Contestant:
     wide = shape.top_k * shape.inner
     gate, up = weight(wide, shape.hidden), weight(wide, shape.hidden)
     down = weight(shape.hidden, wide)
 
     def layer(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
-    return Contestant(layer, (x, gate, up, down))
+    return Contestant(layer, (x, gate, up, down), same=False)
 
 
 def _hugging_face(
@@ -165,7 +174,13 @@ def _hugging_face(
     x, w1, w2, w3, combine = leaves
 
     def settings(**sizes: Any) -> Any:
-        return OlmoeConfig(num_attention_heads=4, pad_token_id=None, **sizes)
+        return OlmoeConfig(
+            num_attention_heads=4,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            **sizes,
+        )
 
     tiny = settings(
         vocab_size=32,
@@ -193,3 +208,53 @@ def _hugging_face(
         return experts(x, indices, combine.to(dtype))
 
     return Contestant(layer, (x, experts.gate_up_proj, experts.down_proj, combine))
+
+
+def _scattermoe(
+    leaves: tuple[Tensor, ...], indices: Tensor, shape: Shape, dtype: torch.dtype
+) -> Contestant:
+    """ScatterMoE (arXiv 2403.08245), whose up-projection holds up, then gate."""
+    from scattermoe.mlp import GLUMLP
+
+    x, w1, w2, w3, combine = leaves
+    experts = GLUMLP(shape.hidden, shape.inner, shape.experts, shape.top_k).to(x.device, dtype)
+    with torch.no_grad():
+        experts.experts.weight.copy_(torch.cat([w3, w1], 1))
+        experts.output_experts.weight.copy_(w2)
+
+    def layer(x: Tensor, up_gate: Tensor, down: Tensor, combine: Tensor) -> Tensor:
+        return experts(x, combine.to(dtype), indices)
+
+    return Contestant(layer, (x, experts.experts.weight, experts.output_experts.weight, combine))
+
+
+def _liger(
+    leaves: tuple[Tensor, ...], indices: Tensor, shape: Shape, dtype: torch.dtype
+) -> Contestant:
+    """Liger-Kernel's fused expert layer."""
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    x, w1, w2, w3, combine = leaves
+    gate_up = torch.cat([w1, w3], 1).detach().requires_grad_()
+    narrow = indices.to(torch.int32)
+
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, combine: Tensor) -> Tensor:
+        return LigerFusedMoEFunction.apply(x, gate_up, down, narrow, combine)
+
+    return Contestant(layer, (x, gate_up, w2, combine))
+
+
+class Library(NamedTuple):
+    """The expert layer of another library, which takes part where it is installed."""
+
+    name: str
+    module: str
+    build: Callable[[tuple[Tensor, ...], Tensor, Shape, torch.dtype], Contestant]
+    runs_on_cpu: bool
+
+
+LIBRARIES = (
+    Library("Hugging Face", "transformers", _hugging_face, True),
+    Library("ScatterMoE", "scattermoe", _scattermoe, False),
+    Library("Liger-Kernel", "liger_kernel", _liger, False),
+)

@@ -1,10 +1,15 @@
 """The benchmark tells wrong from right before it tells slow from fast."""
 
+import importlib.machinery
 import json
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import report, swiglu_experts_benchmark
 from kernels.bench import (
     Case,
     Contestant,
@@ -13,11 +18,13 @@ from kernels.bench import (
     largest_error,
     leaf,
     main,
+    operations,
     render,
     run_case,
     saved_bytes,
     seconds_of,
 )
+from kernels.swiglu_experts_benchmark import LIBRARIES, Shape, benchmark_cases, expert_by_expert
 
 LIMITS = Limits(1e9, 1e9)
 
@@ -87,7 +94,7 @@ def test_a_copy_moves_bytes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no_such_op"], "kernels/no_such_op.py has no benchmark_cases()"),
+        (["no_such_op"], "OP (no_such_op) must be all, or one of attention, cross_entropy"),
         (["rms_norm", "--repeats", "0"], "--repeats and --threads must be at least 1"),
         (["rms_norm", "--shapes", "D9999"], "--shapes D9999: no such case"),
     ],
@@ -104,14 +111,126 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys):
 
 
 def test_results_are_written_with_what_they_depend_on(tmp_path, capsys):
-    path = tmp_path / "results" / "rms_norm.json"
     arguments = ["rms_norm", "--device", "cpu", "--shapes", "D192", "--repeats", "2"]
-    assert main([*arguments, "--json", str(path)]) == 0
+    assert main([*arguments, "--json", str(tmp_path / "results")]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    assert path.name.endswith("_rms_norm_float32.json")
     written = json.loads(path.read_text())
     assert {"chip", "torch", "triton", "commit", "matmul_tflops", "copy_gbps"} <= set(written)
     (result,) = written["cases"]
     assert "D192" in result["name"] and "F.rms_norm" in result["contestants"]
     assert result["name"] in capsys.readouterr().out
+    assert main([*arguments, "--json", str(path)]) == 2
+    assert f"--json ({path}) must be a folder" in capsys.readouterr().err
+
+
+def test_all_operations_can_be_run_at_once(capsys):
+    assert main(["all", "--device", "cpu", "--shapes", "T4096 D256 E16", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "combine T4096" in printed and all(op in printed for op in operations())
+
+
+def test_a_rival_that_fails_or_is_wrong_is_not_timed():
+    def broken(x):
+        raise RuntimeError("no such chip\nat line 3")
+
+    right = case()
+    (leaf,) = right.leaves
+    rivals = {
+        "broken": Contestant(broken, (leaf,)),
+        "wrong": Contestant(lambda x: x * 3, (leaf,)),
+        "another operation": Contestant(lambda x: x * 3, (leaf,), same=False),
+    }
+    result = run_case(right._replace(rivals=rivals), 2, LIMITS, 1e-3)
+    facts = result["contestants"]
+    assert facts["broken"] == {"wrong": "fails here: RuntimeError: no such chip"}
+    assert facts["wrong"] == {"wrong": "WRONG, error 5.0e-01"}
+    assert facts["another operation"]["both_ms"] > 0
+    assert "no such chip; not timed" in render(result)
+
+
+@pytest.fixture
+def other_libraries(monkeypatch):
+    """ScatterMoE and Liger-Kernel as their interfaces are, made of plain PyTorch."""
+
+    class ParallelExperts(torch.nn.Module):
+        def __init__(self, num_experts, d_in, d_out):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(num_experts, d_out, d_in))
+
+    class GLUMLP(torch.nn.Module):
+        def __init__(self, d_in, d_inner, num_experts, top_k):
+            super().__init__()
+            self.experts = ParallelExperts(num_experts, d_in, 2 * d_inner)
+            self.output_experts = ParallelExperts(num_experts, d_inner, d_in)
+
+        def forward(self, x, expert_p, expert_idxs):
+            up, gate = self.experts.weight.chunk(2, 1)
+            down = self.output_experts.weight
+            return expert_by_expert(expert_idxs, x, gate, down, up, expert_p)
+
+    class LigerFusedMoEFunction:
+        @staticmethod
+        def apply(x, gate_up, down, indices, weights):
+            assert indices.dtype == torch.int32
+            gate, up = gate_up.chunk(2, 1)
+            return expert_by_expert(indices, x, gate, down, up, weights)
+
+    for name, content in (
+        ("scattermoe", {}),
+        ("scattermoe.mlp", {"GLUMLP": GLUMLP}),
+        ("liger_kernel", {}),
+        ("liger_kernel.ops", {"LigerFusedMoEFunction": LigerFusedMoEFunction}),
+    ):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    everywhere = [library._replace(runs_on_cpu=True) for library in LIBRARIES]
+    monkeypatch.setattr(swiglu_experts_benchmark, "LIBRARIES", everywhere)
+
+
+def test_expert_layers_of_other_libraries_take_part_where_installed(other_libraries, monkeypatch):
+    shapes = {"tiny": (Shape(64, 16, 32, 4, 2),)}
+    monkeypatch.setattr(swiglu_experts_benchmark, "CPU_SHAPES", shapes)
+    for build in benchmark_cases(torch.float32, "cpu"):
+        facts = run_case(build.case(), 1, LIMITS, 1e-5)["contestants"]
+        assert facts["ScatterMoE"]["both_ms"] > 0 and facts["Liger-Kernel"]["both_ms"] > 0
+
+
+def result(**facts):
+    """As `kernels.bench` writes it, of one case."""
+    ours = {"both_ms": 2.0, "both_tflops": 0.5, "share_of_matmul": 0.25}
+    contestants = {"ours (torch)": ours, "slow": {"both_ms": 8.0}, "lame": {"wrong": "fails here"}}
+    cases = [{"name": "T1", "contestants": contestants}, {"name": "T2", "contestants": {}, "wrong": "WRONG"}]
+    of = {"op": "op", "dtype": "float32", "device": "cpu", "chip": "Chip", "threads": 2}
+    of |= {"repeats": 3, "torch": "2", "triton": "3", "commit": "abc"}
+    return of | {"matmul_tflops": 2.0, "copy_gbps": 9.0, "cases": cases} | facts
+
+
+def test_tables_are_made_of_results(tmp_path, capsys):
+    path, readme = tmp_path / "result.json", tmp_path / "README.md"
+    path.write_text(json.dumps(result()))
+    (tmp_path / "aot.json").write_text("{}")
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(path), "--write", str(readme)]) == 0
+    assert report.main([str(path), str(tmp_path / "aot.json")]) == 0
+    table = capsys.readouterr().out.strip()
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{table}\n{report.END}\nafter\n"
+    assert table.splitlines()[2:] == [
+        "| shape | ours (torch) | TFLOP/s (of matmul) | slow | lame |",
+        "| --- | --- | --- | --- | --- |",
+        "| T1 | 2 ms | 0.5 (25%) | 8 ms (0.25) | fails here |",
+        "| T2 | WRONG |  |  |  |",
+    ]
+    readme.write_text("no marks")
+    assert report.main([str(path), "--write", str(readme)]) == 2
+    assert "there must be the two lines" in capsys.readouterr().err
+
+
+def test_tables_in_the_readme_are_those_of_the_committed_results():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert report.between_marks(text, report.tables()) == text
 
 
 def test_a_leaf_takes_gradients():

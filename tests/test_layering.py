@@ -25,6 +25,8 @@ PLACES = {
     "tokenizers": ("train/",),
     "tensorboard": ("train/",),
     "transformers": ("kernels/swiglu_experts_benchmark.py", "moe/interop/", "train/"),
+    "scattermoe": ("kernels/swiglu_experts_benchmark.py",),
+    "liger_kernel": ("kernels/swiglu_experts_benchmark.py",),
     "safetensors": ("train/", "moe/interop/", "moe/surgery/"),
 }
 VARIANTS = ("moe/routers/", "moe/losses/", "moe/experts/")

@@ -1,15 +1,13 @@
-"""How fast is a training step, and an expert layer, beside Hugging Face's on this machine?
+"""How fast is a training step beside Hugging Face's on this machine?
 
     python -m train.bench step [--config configs/quickstart.yaml]
-    python -m train.bench experts
 
-`step`: our model against `OlmoeForCausalLM` of the same shape (float32 weights, bfloat16 by
+Our model against `OlmoeForCausalLM` of the same shape (float32 weights, bfloat16 by
 `torch.autocast` or float32, fused AdamW, clipping at 1, no balancing loss, the same batch), in one
 process and in turns. Hugging Face runs with its default experts and attention, with our allocator
 setting and, in a process of its own, without; its faster time counts. Beside it stands the
 arithmetic limit: 6 * active parameters * tokens over the measured matmul rate.
-`experts`: one layer, forward and backward, against a dense layer of equal FLOPs and Hugging Face's.
-Needs the `evaluation` extra (transformers).
+Needs the `evaluation` extra (transformers). Kernels alone: `python -m kernels.bench`.
 """
 
 import argparse
@@ -24,10 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench import matmul_rate, seconds_of
-from kernels.dispatch import plan_dispatch
 from kernels.launch import tune_allocator
-from kernels.swiglu_experts import swiglu_experts
-from kernels.swiglu_experts_benchmark import CPU_SHAPES
 from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights, num_parameters
 from train.config import RunConfig, load_config
@@ -40,9 +35,9 @@ WARM_UP = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the two benchmarks; returns the exit code."""
+    """Run the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__)
-    parser.add_argument("what", choices=("step", "experts"))
+    parser.add_argument("what", choices=("step",))
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
@@ -55,10 +50,6 @@ def main(argv: list[str] | None = None) -> int:
                 raise ConfigError(f"--{name} ({getattr(options, name)}) must be at least 1")
         torch.set_num_threads(options.threads)
         transformers()
-        if options.what == "experts":
-            tune_allocator()
-            print(experts_report(options.repeats))
-            return 0
         config = load_config(options.config)
         if options.default_allocator:
             seconds = {}
@@ -84,9 +75,6 @@ def transformers() -> Any:
         ) from error
     library.logging.set_verbosity_error()
     return library
-
-
-# ---- the training step
 
 
 def bench_model(config: RunConfig) -> ModelConfig:
@@ -196,101 +184,6 @@ def step_report(config: RunConfig, options: argparse.Namespace) -> str:
             f"**{ours / min(hf, plain_hf):.2f}** | {limit * 1e3:.0f} ms | {limit / ours:.0%} |"
         )
     return "\n".join(lines)
-
-
-# ---- the expert layer
-
-
-def experts_report(repeats: int) -> str:
-    """A Markdown table over the shapes of `kernels.swiglu_experts` in both precisions."""
-    lines = [
-        "Expert layer, forward and backward with all weight gradients, ms (times the dense layer "
-        f"of equal FLOPs); {torch.get_num_threads()} threads, medians of {repeats} in turns",
-        "",
-        "| T, D, F, E, K | precision | dense | ours | Hugging Face (default) | ours / HF |",
-        "|---|---|---|---|---|---|",
-    ]
-    for shape in CPU_SHAPES[""]:
-        for precision in ("float32", "bfloat16"):
-            times = seconds_of(layer_contestants(shape, precision), repeats)
-            dense, ours, hf = (
-                statistics.median(times[name]) * 1e3 for name in ("dense", "ours", "hf")
-            )
-            lines.append(
-                f"| {', '.join(str(size) for size in shape)} | {precision} | {dense:.0f} | "
-                f"{ours:.0f} ({ours / dense:.2f}) | {hf:.0f} ({hf / dense:.2f}) | {ours / hf:.2f} |"
-            )
-    return "\n".join(lines)
-
-
-def layer_contestants(shape: tuple[int, int, int, int, int], precision: str) -> dict[str, Step]:
-    """Ours, Hugging Face's default experts, and the dense layer, on the same tokens and routing."""
-    num_tokens, hidden, inner, num_experts, top_k = shape
-    library = transformers()
-    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-
-    dtype = getattr(torch, precision)
-    torch.manual_seed(0)
-
-    def weight(*size: int) -> Tensor:
-        return (torch.randn(*size) * hidden**-0.5).to(dtype).requires_grad_()
-
-    x, grad = torch.randn(2, num_tokens, hidden).to(dtype)
-    x.requires_grad_()
-    indices = torch.rand(num_tokens, num_experts).argsort(1)[:, :top_k]
-    combine = torch.rand(num_tokens, top_k).requires_grad_()
-    w1, w3 = weight(num_experts, inner, hidden), weight(num_experts, inner, hidden)
-    w2 = weight(num_experts, hidden, inner)
-    d1, d3 = weight(top_k * inner, hidden), weight(top_k * inner, hidden)
-    d2 = weight(hidden, top_k * inner)
-    settings = library.OlmoeConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
-        num_attention_heads=4,
-    )
-    # What `from_config` sets: the implementation that this version takes by default.
-    settings._experts_implementation = default_experts_implementation(settings)
-    hf = OlmoeExperts(settings)
-    with torch.no_grad():
-        hf.gate_up_proj.copy_(torch.cat([w1, w3], 1))
-        hf.down_proj.copy_(w2)
-    hf = hf.to(dtype)
-    hf_leaves = (x, hf.gate_up_proj, hf.down_proj, combine)
-
-    def ours() -> None:
-        out = swiglu_experts(x, w1, w2, w3, plan_dispatch(indices, num_experts), combine)
-        torch.autograd.grad(out, (x, w1, w2, w3, combine), grad)
-
-    def hugging_face() -> None:
-        torch.autograd.grad(hf(x, indices, combine.to(dtype)), hf_leaves, grad)
-
-    def dense() -> None:
-        functional = torch.nn.functional
-        gate, up = functional.linear(x, d1), functional.linear(x, d3)
-        out = functional.linear(functional.silu(gate) * up, d2)
-        torch.autograd.grad(out, (x, d1, d2, d3), grad)
-
-    return {"dense": dense, "ours": ours, "hf": hugging_face}
-
-
-def default_experts_implementation(settings: Any) -> str:
-    """The name of the experts' implementation that a model of this config gets by default."""
-    tiny = settings.__class__(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers().OlmoeForCausalLM(tiny)
-    return model.config._experts_implementation
 
 
 if __name__ == "__main__":
