@@ -11,6 +11,8 @@ from model_cases import tiny_config, tokens
 from moe.model import MoETransformer, init_weights
 
 pytest.importorskip("triton")
+# NumPy's, in the interpreter, in rows that are masked afterwards.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 SHAPE = {
     "hidden_size": 32,
