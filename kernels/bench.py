@@ -4,7 +4,7 @@
                                [--repeats N] [--threads N] [--json FOLDER] [--tune]
 
 OP is a file of this folder with `benchmark_cases()`, in it or in OP_benchmark.py beside it, or
-`all` of them. Forward and gradients are checked against a float64 reference first; a wrong result
+`all` of them. Forward and gradients are checked against an exact reference first; a wrong result
 is not timed. All contestants run in one process, in turns. Printed are medians with the middle
 half's spread, TFLOP/s or GB/s, and the share of what a plain matmul or a copy reaches on the same
 machine in the same run; for ours also the bytes that are saved for the backward pass, and on a GPU
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,8 @@ class Case(NamedTuple):
 
     ours: takes `backend` and the leaves. reference: the same function of the leaves, for float64.
     rivals: by name.
-    grad: gradient of the output. flops: of the forward pass, 0 where memory decides; moved_bytes:
+    grad: gradient of the output. flops: of the forward pass, 0 where memory decides;
+    backward_flops: as counted where such kernels are compared, None for twice as many. moved_bytes:
     what the forward pass has to read and write. tokens: rows of the input.
     """
 
@@ -70,6 +72,7 @@ class Case(NamedTuple):
     tokens: int
     flops: float = 0.0
     moved_bytes: float = 0.0
+    backward_flops: float | None = None
 
 
 class CaseBuilder(NamedTuple):
@@ -88,8 +91,6 @@ class Limits(NamedTuple):
 
 # Largest error, relative to the largest entry of the reference, at which a result is timed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# A backward pass multiplies twice as much as the forward pass.
-BACKWARD_FLOPS = 2.0
 
 
 def leaf(*shape: int, std: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
@@ -149,10 +150,16 @@ def copy_rate(device: str) -> float:
 
 
 def largest_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
-    """Largest difference over all tensors, each relative to the largest entry of its reference."""
+    """Largest difference over all tensors, each relative to the largest entry of its reference.
+
+    Integers are right or wrong.
+    """
     errors = [0.0]
     for a, b in zip(got, want, strict=True):
         if a.numel() == 0:
+            continue
+        if not b.is_floating_point():
+            errors.append(0.0 if torch.equal(a, b) else float("inf"))
             continue
         scale = b.detach().abs().max().double().clamp(min=1e-30)
         error = (a.detach().double() - b.detach().double()).abs().max() / scale
@@ -193,6 +200,14 @@ def backends_for(x: Tensor) -> list[str]:
     return ["triton", "torch"] if automatic == "triton" else ["torch"]
 
 
+def reference_of(case: Case) -> tuple[Tensor, ...]:
+    """Output and gradients in float64; those of bfloat16 on a GPU in float32, to spare memory."""
+    short = case.grad.is_cuda and case.grad.dtype == torch.bfloat16
+    exact = torch.float32 if short else torch.float64
+    leaves = tuple(x.detach().to(exact).requires_grad_() for x in case.leaves)
+    return Contestant(case.reference, leaves).both(case.grad)
+
+
 def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict[str, Any]:
     """Check, then time one case.
 
@@ -200,8 +215,7 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
     `forward`, `backward` and `both` (medians), `spread` of both, rates, share of the limit,
     `error`; of a rival that fails or is wrong, `wrong` alone.
     """
-    double = tuple(x.detach().double().requires_grad_() for x in case.leaves)
-    expected = Contestant(case.reference, double).both(case.grad)
+    expected = reference_of(case)
     result: dict[str, Any] = {"name": case.name, "contestants": {}}
     contestants: dict[str, Contestant] = {}
     for backend in backends_for(case.grad):
@@ -255,14 +269,16 @@ def _timing(case: Case, seconds: Mapping[str, list[float]], limits: Limits) -> d
         "spread": (quartiles[-1] - quartiles[0]) / both,
     }
     if case.flops:
+        doubled = 2 * case.flops
+        of_backward = doubled if case.backward_flops is None else case.backward_flops
         work = {
             "forward": (case.flops, forward),
-            "backward": (BACKWARD_FLOPS * case.flops, both - forward),
-            "both": ((1 + BACKWARD_FLOPS) * case.flops, both),
+            "backward": (of_backward, both - forward),
+            "both": (case.flops + of_backward, both),
         }
         for which, (flops, time_taken) in work.items():
             facts[f"{which}_tflops"] = flops / time_taken / 1e12 if time_taken > 0 else None
-        facts["share_of_matmul"] = (1 + BACKWARD_FLOPS) * case.flops / both / limits.flops
+        facts["share_of_matmul"] = (case.flops + of_backward) / both / limits.flops
     if case.moved_bytes:
         facts["forward_gbps"] = case.moved_bytes / forward / 1e9
         facts["share_of_copy"] = case.moved_bytes / forward / limits.bandwidth
@@ -333,17 +349,11 @@ def chip_name(device: str) -> str:
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What a result depends on: chip, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
     facts = {
         "device": device,
         "chip": chip_name(device),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
     try:
         import triton
@@ -352,6 +362,16 @@ def machine_facts(device: str) -> dict[str, Any]:
     except ImportError:
         facts["triton"] = None
     return facts | {"python": platform.python_version(), "threads": torch.get_num_threads()}
+
+
+def _commit() -> str | None:
+    """Of this checkout; None without git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    here = Path(__file__).parent
+    said = subprocess.run(command, capture_output=True, text=True, cwd=here)
+    return said.stdout.strip() or None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -411,19 +431,23 @@ def run_operation(
 ) -> list[dict[str, Any]]:
     """Measure and print the cases of one operation; write them if asked to."""
     dtype = getattr(torch, facts["dtype"])
-    results = []
+    results: list[dict[str, Any]] = []
     for build in cases_of(op, dtype, facts["device"]):
         if options.shapes and not any(name in build.name for name in options.shapes):
             continue
         if options.tune:
             tune_here(build.case(), TOLERANCE[dtype], options.repeats)
-        results.append(run_case(build.case(), options.repeats, limits, TOLERANCE[dtype]))
+        try:
+            results.append(run_case(build.case(), options.repeats, limits, TOLERANCE[dtype]))
+        except torch.OutOfMemoryError:
+            results.append({"name": build.name, "contestants": {}, "wrong": "out of memory"})
         print(render(results[-1]), flush=True)
-    if options.json and results:
-        options.json.mkdir(parents=True, exist_ok=True)
-        chip = re.sub("[^a-z0-9]+", "_", facts["chip"].lower()).strip("_")
-        path = options.json / f"{chip}_{op}_{facts['dtype']}.json"
-        path.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
+        if options.json:
+            # After each case: what was measured stays, whatever the next one meets.
+            options.json.mkdir(parents=True, exist_ok=True)
+            chip = re.sub("[^a-z0-9]+", "_", facts["chip"].lower()).strip("_")
+            path = options.json / f"{chip}_{op}_{facts['dtype']}.json"
+            path.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
     return results
 
 

@@ -8,6 +8,7 @@ there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on CPU
 import ctypes
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -60,14 +61,22 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     As in PyTorch's own autocast, float64 stays float64.
     """
     narrows = x.is_floating_point() and x.dtype != torch.float64
+    narrows = narrows and torch.amp.is_autocast_available(x.device.type)
     if narrows and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def no_autocast(x: torch.Tensor) -> torch.autocast:
+def no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves `x`'s device alone: kernels choose dtypes themselves."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
     return torch.autocast(device_type=x.device.type, enabled=False)
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """A context in which Triton launches on the GPU of `x`, not on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

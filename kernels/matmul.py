@@ -108,12 +108,14 @@ def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against `F.linear`."""
     shapes = ((512, 128, 256), (2048, 128, 384), (2048, 512, 1024), (2048, 128, 8192))
     return [
-        CaseBuilder("T{} D{} N{}".format(*shape), partial(_benchmark_case, shape, dtype, device))
-        for shape in shapes
+        CaseBuilder(name, partial(_benchmark_case, name, shape, dtype, device))
+        for name, shape in (("T{} D{} N{}".format(*shape), shape) for shape in shapes)
     ]
 
 
-def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     num_tokens, d_in, d_out = shape
     torch.manual_seed(0)
     leaves = (
@@ -121,7 +123,7 @@ def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str
         leaf(d_out, d_in, std=d_in**-0.5, dtype=dtype, device=device),
     )
     return Case(
-        name="T{} D{} N{}".format(*shape),
+        name=name,
         ours=lambda x, weight, backend: linear(x, weight),
         leaves=leaves,
         reference=F.linear,

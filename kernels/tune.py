@@ -1,16 +1,17 @@
 """Which block sizes are fastest on this machine? `python -m kernels.bench OP --tune`.
 
-Starts from the tiles of `kernels.tiles` and changes one number of one kernel at a time, as long as
-that helps: forward and backward of the whole operation are checked against float64 and timed in
-turns with the best so far. What is wrong or does not fit the chip is passed over. Winners are
-written to tiles.json under this architecture; run the tests and `python -m kernels.aot` after it.
+Starts from the tiles of `kernels.tiles` and changes one number of one kernel at a time, again from
+each round's best as long as that helps: forward and backward of the whole operation are checked
+against the reference and timed in turns with the best so far. What is wrong or does not fit the
+chip is passed over. Winners are written to tiles.json under this architecture; run the tests and
+`python -m kernels.aot` after it.
 """
 
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kernels.bench import Case, Contestant, largest_error, seconds_of
+from kernels.bench import Case, Contestant, largest_error, reference_of, seconds_of
 from kernels.tiles import Tile, Trial, on_trial, save_tile
 
 # What a number of a tile may become; those of a kernel that has no such number are left out.
@@ -44,24 +45,28 @@ def tune_case(
     Returns: the winners by kernel; empty where the table was best.
     """
     ours = Contestant(partial(case.ours, backend="triton"), case.leaves)
-    double = tuple(x.detach().double().requires_grad_() for x in case.leaves)
-    expected = Contestant(case.reference, double).both(case.grad)
+    expected = reference_of(case)
     winners: dict[str, Tile] = {}
     with on_trial() as trial:
         ours.both(case.grad)
         launches = dict(trial.latest)
         for kernel, launch in launches.items():
-            start = best = launch.tile
-            for candidate in neighbours(start):
-                ratio = _trial_ratio(trial, kernel, candidate, best, ours, case, repeats)
-                if ratio is None or ratio > GAIN:
-                    continue
-                trial.instead[kernel] = candidate
-                if largest_error(ours.both(case.grad), expected) <= tolerance:
-                    report(f"{kernel}: {candidate} takes {ratio:.2f} of {best}")
-                    best = candidate
-                trial.instead[kernel] = best
-            if best != start:
+            best, centre, tried = launch.tile, None, [launch.tile]
+            while best != centre:
+                centre = best
+                for candidate in neighbours(centre):
+                    if candidate in tried:
+                        continue
+                    tried.append(candidate)
+                    ratio = _trial_ratio(trial, kernel, candidate, best, ours, case, repeats)
+                    if ratio is None or ratio > GAIN:
+                        continue
+                    trial.instead[kernel] = candidate
+                    if largest_error(ours.both(case.grad), expected) <= tolerance:
+                        report(f"{kernel}: {candidate} takes {ratio:.2f} of {best}")
+                        best = candidate
+                    trial.instead[kernel] = best
+            if best != launch.tile:
                 winners[kernel] = best
         for kernel, tile in winners.items():
             arch, dtype, size, _ = launches[kernel]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import report, swiglu_experts_benchmark
+from kernels import bench, report, swiglu_experts_benchmark
 from kernels.bench import (
     Case,
+    CaseBuilder,
     Contestant,
     Limits,
     copy_rate,
@@ -70,6 +71,33 @@ def test_a_right_result_is_timed_beside_its_rivals():
 def test_error_is_relative_to_the_largest_entry():
     want = torch.tensor([0.0, 10.0], dtype=torch.float64)
     assert largest_error((torch.tensor([0.5, 10.0]),), (want,)) == pytest.approx(0.05)
+
+
+def test_integers_are_right_or_wrong():
+    want = torch.arange(5000)
+    assert largest_error((want.clone(),), (want,)) == 0
+    swapped = want.clone()
+    swapped[[7, 8]] = want[[8, 7]]
+    assert largest_error((swapped,), (want,)) == float("inf")
+
+
+def test_a_case_without_memory_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    builders = [CaseBuilder("large", no_memory), CaseBuilder("small", case)]
+    monkeypatch.setattr(bench, "cases_of", lambda op, dtype, device: builders)
+    arguments = ["rms_norm", "--device", "cpu", "--repeats", "2", "--json", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "large: out of memory; not timed" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    assert [each["name"] for each in json.loads(path.read_text())["cases"]] == ["large", "doubling"]
+
+
+def test_flops_of_the_backward_pass_are_those_of_the_case():
+    facts = run_case(case()._replace(backward_flops=5.0), 3, LIMITS, 1e-3)["contestants"]
+    ours = facts["ours (torch)"]
+    assert ours["both_tflops"] == pytest.approx(7 / ours["both_ms"] * 1e3 / 1e12)
 
 
 def test_saved_bytes_are_those_of_the_graph_without_its_leaves():

@@ -47,7 +47,8 @@ def case(factor=1.0):
 
 
 def clock(monkeypatch, fast):
-    """Tiles for which `fast` is True take half the time of the others."""
+    """Tiles for which `fast` is True take half the time of the others; there are few to try."""
+    monkeypatch.setattr(tune, "CHOICES", {"num_warps": (4, 8), "num_stages": (2, 4)})
 
     def seconds_of(contestants, repeats):
         def seconds(call):
@@ -72,6 +73,21 @@ def test_a_faster_tile_is_kept_and_saved(own_table, monkeypatch):
     after = json.loads(own_table.read_text())["grouped_linear"]
     arch = "interpreter"
     assert after[arch]["float32"]["any"] == before["grouped_linear"][arch]["float32"]["any"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU")
+def test_changes_that_help_are_combined(own_table, monkeypatch):
+    monkeypatch.setattr(tune, "CHOICES", {"num_warps": (4, 8), "num_stages": (2, 4)})
+    # Two changes bring more than one, and either of them something.
+    cost = {(4, 2): 4.0, (8, 2): 3.0, (4, 4): 3.5, (8, 4): 1.0}
+
+    def seconds_of(contestants, repeats):
+        tiles_of = {name: call.args[0] for name, call in contestants.items()}
+        return {name: [cost[t.num_warps, t.num_stages]] for name, t in tiles_of.items()}
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    winners = tune.tune_case(case(), 1e-5, 1, lambda line: None)
+    assert {(tile.num_warps, tile.num_stages) for tile in winners.values()} == {(8, 4)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors are on the CPU")
