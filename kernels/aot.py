@@ -1,10 +1,11 @@
 """What does a Triton kernel need of a chip? Compiled ahead of time, without one.
 
-    python -m kernels.aot [OP ...] [--arch sm_80 sm_90 gfx942] [--json FILE]
+    python -m kernels.aot [OP ...] [--arch sm_80 sm_89 sm_90 gfx942] [--json FILE]
 
 Compiles each kernel of `kernels/OP_triton.py` with the tiles that it ships, and prints registers,
 spills, shared memory and the instructions that matter. Needs no GPU, and must run without Triton's
-interpreter (TRITON_INTERPRET unset).
+interpreter (TRITON_INTERPRET unset). The table of all operations and architectures stands in
+`kernels/results/aot.json`: write it anew when a kernel, a tile or the version of Triton changes.
 """
 
 import argparse
@@ -23,9 +24,15 @@ import torch
 
 from kernels.tiles import Tile
 
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+# sm_89 stands for every chip with as little shared memory: sm_86 and sm_12x too take its tiles.
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "gfx942")
 # Bytes of shared memory that one program may use.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -168,6 +175,18 @@ def cases_of(op: str) -> list[AotCase]:
     return importlib.import_module(f"kernels.{op}_triton").aot_cases()
 
 
+def write_table(path: Path, cases: Mapping[str, Any]) -> None:
+    """Versions, and the cases under `kernels`, as JSON: a line for each case and architecture."""
+    import triton
+
+    facts = {"torch": torch.__version__, "triton": triton.__version__, "kernels": cases}
+    text = json.dumps(facts, indent=1)
+    # The innermost objects hold numbers alone.
+    text = re.sub(r"\{[^{}]*\}", lambda match: " ".join(match[0].split()), text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 if a kernel does not compile or exceeds its chip."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -184,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 needed = resources(compile_case(case, arch), arch)
                 facts = needed._asdict()
-                table.setdefault(f"{op}: {case.label()}", {})[arch] = facts
+                by_arch = table.setdefault(f"{op}: {case.label()}", {})
+                assert by_arch.setdefault(arch, facts) == facts, f"two are called {case.label()}"
                 too_much = needed.shared_memory > SHARED_MEMORY[arch]
                 bad = too_much or (needed.spills > 0 and not case.spills)
                 failed |= bad
@@ -192,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
                 mark = "  <-- exceeds the chip" if bad else ""
                 print(f"{op:16} {arch:7} {case.label()}: {shown}{mark}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n")
+        write_table(options.json, table)
     return int(failed)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
@@ -32,7 +33,7 @@ SHORT_KEYS = 1024
 TRITON_HEAD_DIM = 256
 
 
-def visible_keys(
+def key_mask(
     num_queries: int,
     num_keys: int,
     document_ids: Tensor | None,
@@ -63,14 +64,14 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, visible, scale):
         batch, num_heads, num_queries, head_dim = q.shape
-        groups, num_keys = k.shape[1:3]
-        shared = num_heads // groups
+        num_kv_heads, num_keys = k.shape[1:3]
+        shared = num_heads // num_kv_heads
         # Heads that share keys are stacked along the queries: (B*G, shared, S, P).
-        q = q.reshape(batch * groups, shared, num_queries, head_dim)
-        k = k.reshape(batch * groups, num_keys, head_dim)
-        v = v.reshape(batch * groups, num_keys, head_dim)
+        q = q.reshape(batch * num_kv_heads, shared, num_queries, head_dim)
+        k = k.reshape(batch * num_kv_heads, num_keys, head_dim)
+        v = v.reshape(batch * num_kv_heads, num_keys, head_dim)
         lag = num_keys - num_queries
-        hidden = ~visible
+        masked = ~visible
         out = torch.empty_like(q)
         saved = []
         for first in range(0, num_queries, BLOCK_QUERIES):
@@ -79,20 +80,21 @@ class _ShortAttention(torch.autograd.Function):
             q_block = q[:, :, first:end].flatten(1, 2)  # (B*G, shared * block, P)
             scores = torch.bmm(q_block, k[:, :seen].transpose(1, 2)).mul_(scale)
             by_head = scores.view(batch, num_heads, end - first, seen)
-            by_head.masked_fill_(hidden[:, first:end, :seen].unsqueeze(1), -torch.inf)
+            by_head.masked_fill_(masked[:, first:end, :seen].unsqueeze(1), -torch.inf)
             probs = torch.softmax(scores, -1)  # (B*G, shared * block, seen)
             out[:, :, first:end] = torch.bmm(probs, v[:, :seen]).view(
-                batch * groups, shared, end - first, head_dim
+                batch * num_kv_heads, shared, end - first, head_dim
             )
             saved.append(probs)
         ctx.save_for_backward(q, k, v, *saved)
-        ctx.scale, ctx.shape = scale, (batch, num_heads, groups)
+        ctx.scale, ctx.shape = scale, (batch, num_heads, num_kv_heads)
         return out.view(batch, num_heads, num_queries, head_dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         q, k, v, *saved = ctx.saved_tensors
-        batch, num_heads, groups = ctx.shape
+        batch, num_heads, num_kv_heads = ctx.shape
         num_queries, head_dim = q.shape[2:]
         grad_out = grad_out.reshape(q.shape)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -109,7 +111,7 @@ class _ShortAttention(torch.autograd.Function):
                 q[:, :, first:end].shape
             )
             grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q_block)
-        shape_kv = (batch, groups, k.shape[1], head_dim)
+        shape_kv = (batch, num_kv_heads, k.shape[1], head_dim)
         return (
             grad_q.view(batch, num_heads, num_queries, head_dim),
             grad_k.view(shape_kv),
@@ -142,41 +144,20 @@ def fused_attention(
         document_ids: (B, S_k) int, equal within a document; None: one document a row.
         window: keys that a query sees, itself included; None: all before it.
         scale: of the scores, by default 1/sqrt(P).
-        deterministic: equal bits from equal calls. False lets the Triton backward pass add dQ by
-            atomics, with 5 matmuls instead of 7; the PyTorch bodies are always deterministic.
+        deterministic: equal bits from equal calls of the Triton kernels. False lets their backward
+            pass add dQ by atomics, with 5 matmuls instead of 7. The PyTorch body does not look at
+            it: deterministic on a CPU, on a GPU as `scaled_dot_product_attention` is, whose
+            backward pass may use atomics unless `torch.use_deterministic_algorithms` is on.
         backend: `auto`, `triton` or `torch`.
     Returns:
         (B, S, H, P) in the dtype of the matmuls (autocast's, else that of `q`).
     Raises:
-        ValueError: if the shapes do not fit, `window` is not positive, or `triton` is asked for
-            with P above 256.
+        ValueError: if shapes or devices do not fit, `window` is not positive, or `triton` is asked
+            for with P above 256.
     Source: Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
     """
-    op = "fused_attention"
-    check_shape(op, "q", q, (None, None, None, None))
-    batch, num_queries, num_heads, head_dim = q.shape
-    check_shape(op, "k", k, (batch, None, None, head_dim))
-    check_shape(op, "v", v, tuple(k.shape))
-    num_keys, groups = k.shape[1:3]
-    if not groups or not head_dim:
-        raise ValueError(f"{op}: {groups} key-value heads of size {head_dim}: needs one at least")
-    if num_heads % groups:
-        raise ValueError(f"{op}: {num_heads} query heads cannot share {groups} key-value heads")
-    if num_keys < num_queries:
-        raise ValueError(f"{op}: {num_queries} queries but only {num_keys} keys")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window ({window}) must be at least 1")
-    if document_ids is not None:
-        check_shape(op, "document_ids", document_ids, (batch, num_keys))
-        if document_ids.is_floating_point():
-            raise ValueError(f"{op}: document_ids is {document_ids.dtype}, needs integers")
-    if backend == "triton" and head_dim > TRITON_HEAD_DIM:
-        raise ValueError(
-            f"{op}: backend 'triton' takes heads of {TRITON_HEAD_DIM} at most, got {head_dim}; "
-            "use 'auto' or 'torch'"
-        )
-    fits = head_dim <= TRITON_HEAD_DIM
-    implementation = resolve_backend(op, backend, q, has_triton=fits)
+    implementation = _check(q, k, v, document_ids, window, backend)
+    num_queries, num_keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     dtype = compute_dtype(q)
     q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -186,24 +167,63 @@ def fused_attention(
     if implementation == "triton":
         from kernels.attention_triton import attend
 
-        check_same_device(op, q=q, k=k, v=v, document_ids=document_ids)
         return attend(q, k, v, document_ids, window, scale, deterministic)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, P)
     plain_causal = document_ids is None and window is None and num_keys == num_queries
     with no_autocast(q):
         if _prefers_short_path(q, num_keys):
-            visible = visible_keys(num_queries, num_keys, document_ids, window, q.device)
+            visible = key_mask(num_queries, num_keys, document_ids, window, q.device)
             out = _ShortAttention.apply(q, k, v, visible, scale)
         elif plain_causal:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=True
             )
         else:
-            mask = visible_keys(num_queries, num_keys, document_ids, window, q.device).unsqueeze(1)
+            mask = key_mask(num_queries, num_keys, document_ids, window, q.device).unsqueeze(1)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
             )
     return out.transpose(1, 2)  # (B, S, H, P)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None,
+    window: int | None,
+    backend: str,
+) -> str:
+    """Which implementation runs; ValueError if none can."""
+    op = "fused_attention"
+    check_shape(op, "q", q, (None, None, None, None))
+    batch, num_queries, num_heads, head_dim = q.shape
+    check_shape(op, "k", k, (batch, None, None, head_dim))
+    check_shape(op, "v", v, tuple(k.shape))
+    num_keys, num_kv_heads = k.shape[1:3]
+    if not num_kv_heads or not head_dim:
+        raise ValueError(
+            f"{op}: {num_kv_heads} key-value heads of size {head_dim}: needs one at least"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{op}: {num_heads} query heads cannot share {num_kv_heads} key-value heads"
+        )
+    if num_keys < num_queries:
+        raise ValueError(f"{op}: {num_queries} queries but only {num_keys} keys")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window ({window}) must be at least 1")
+    if document_ids is not None:
+        check_shape(op, "document_ids", document_ids, (batch, num_keys))
+        if document_ids.is_floating_point():
+            raise ValueError(f"{op}: document_ids is {document_ids.dtype}, needs integers")
+    check_same_device(op, q=q, k=k, v=v, document_ids=document_ids)
+    if backend == "triton" and head_dim > TRITON_HEAD_DIM:
+        raise ValueError(
+            f"{op}: backend 'triton' takes heads of {TRITON_HEAD_DIM} at most, got {head_dim}; "
+            "use 'auto' or 'torch'"
+        )
+    return resolve_backend(op, backend, q, has_triton=head_dim <= TRITON_HEAD_DIM)
 
 
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
@@ -214,23 +234,23 @@ def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
         lengths = (512, 1024, 2048, 4096, 8192, 16384)
         shapes = [(16384 // n, n, 2048 // p, 2048 // p, p) for p in (64, 128) for n in lengths]
         shapes += [(4, 4096, 16, 4, 128), (1, 16384, 16, 4, 128)]
-    return [
-        CaseBuilder(
-            f"{kind} {'B{} S{} H{} G{} P{}'.format(*shape)}",
-            partial(_benchmark_case, kind, shape, dtype, device),
-        )
-        for shape in shapes
-        for kind in ("causal", "packed")
-    ]
+    builders = []
+    for shape in shapes:
+        for kind in ("causal", "packed"):
+            name = f"{kind} {'B{} S{} H{} G{} P{}'.format(*shape)}"
+            build = partial(_benchmark_case, name, kind, shape, dtype, device)
+            builders.append(CaseBuilder(name, build))
+    return builders
 
 
 def _benchmark_case(
-    kind: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+    name: str, kind: str, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
 ) -> Case:
-    batch, seq_len, heads, groups, head_dim = shape
+    batch, seq_len, num_heads, num_kv_heads, head_dim = shape
     torch.manual_seed(0)
-    q = leaf(batch, seq_len, heads, head_dim, dtype=dtype, device=device)
-    k, v = (leaf(batch, seq_len, groups, head_dim, dtype=dtype, device=device) for _ in range(2))
+    kv_shape = batch, seq_len, num_kv_heads, head_dim
+    q = leaf(batch, seq_len, num_heads, head_dim, dtype=dtype, device=device)
+    k, v = (leaf(*kv_shape, dtype=dtype, device=device) for _ in range(2))
     documents = None
     if kind == "packed":
         documents = (torch.rand(batch, seq_len, device=device) < 4 / seq_len).cumsum(1)
@@ -238,7 +258,7 @@ def _benchmark_case(
     def library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = None
         if documents is not None:
-            mask = visible_keys(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
+            mask = key_mask(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -255,17 +275,20 @@ def _benchmark_case(
 
     if device == "cuda":
         fast = partial(ours, backend="triton", deterministic=False)
-        rivals["ours (triton), not deterministic"] = Contestant(fast, (q, k, v))
+        rivals["atomic dQ (triton)"] = Contestant(fast, (q, k, v))
+    # Causal: half of the pairs. With documents fewer, so that the rate is a lower bound's.
+    flops = 2 * batch * num_heads * seq_len**2 * head_dim if kind == "causal" else 0.0
     return Case(
-        name=f"{kind} {'B{} S{} H{} G{} P{}'.format(*shape)}",
+        name=name,
         ours=ours,
         leaves=(q, k, v),
         reference=library,
         rivals=rivals,
         grad=torch.randn(*q.shape, device=device).to(dtype),
         tokens=batch * seq_len,
-        # Causal: half of the pairs. With documents fewer, so that the rate is a lower bound's.
-        flops=2 * batch * heads * seq_len**2 * head_dim if kind == "causal" else 0.0,
+        flops=flops,
+        # As in FlashAttention's own counts: five matmuls to two.
+        backward_flops=2.5 * flops,
     )
 
 

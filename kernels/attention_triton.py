@@ -14,8 +14,8 @@ from torch import Tensor
 from kernels.aot import ARCHITECTURES, AotCase
 from kernels.attention_backward_kernels import delta_kernel, grad_keys_kernel, grad_queries_kernel
 from kernels.attention_forward_kernel import forward_kernel
-from kernels.launch import MATMUL_DTYPES
-from kernels.tiles import Tile, choose_tile, load_tiles
+from kernels.launch import MATMUL_DTYPES, on_device_of
+from kernels.tiles import Tile, choose_tile, tiles_of
 
 LOG2_E = 1.4426950408889634
 # Elements from row to row; tiles have at most 256 rows.
@@ -75,13 +75,13 @@ def _grid(x: Tensor, rows_of_block: int) -> tuple[int]:
 def _sizes(q: Tensor, k: Tensor, window: int, scale: float) -> dict[str, int | float]:
     """What all kernels but `delta_kernel` need to know of their tensors."""
     batch, num_queries, num_heads, _ = q.shape
-    num_keys, groups = k.shape[1:3]
+    num_keys, num_kv_heads = k.shape[1:3]
     return {
         "num_sequences": batch,
         "num_queries": num_queries,
         "num_keys": num_keys,
         "num_heads": num_heads,
-        "shared": num_heads // groups,
+        "shared": num_heads // num_kv_heads,
         "window": min(window, num_keys),
         "scale": scale * LOG2_E,
         "HAS_WINDOW": window < num_keys,
@@ -111,20 +111,21 @@ def attention_op(
     if q.numel():
         q, k, v = _with_dense_rows(q, k, v)
         tile = _tile("forward", q)
-        forward_kernel[_grid(q, tile.blocks["BLOCK_M"])](
-            q,
-            k,
-            v,
-            ids,
-            starts,
-            out,
-            lse,
-            *_strides(q, k, v),
-            **_sizes(q, k, window, scale),
-            section=_section(k) * (num_heads // k.shape[2]),
-            HAS_DOCUMENTS=ids is not None,
-            **tile.options(),
-        )
+        with on_device_of(q):
+            forward_kernel[_grid(q, tile.blocks["BLOCK_M"])](
+                q,
+                k,
+                v,
+                ids,
+                starts,
+                out,
+                lse,
+                *_strides(q, k, v),
+                **_sizes(q, k, window, scale),
+                section=_section(k) * (num_heads // k.shape[2]),
+                HAS_DOCUMENTS=ids is not None,
+                **tile.options(),
+            )
     return out, lse
 
 
@@ -234,11 +235,12 @@ def attention_backward_op(
     if not q.numel():
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     q, k, v, grad_out = tensors = _with_dense_rows(q, k, v, grad_out)
-    statistics = lse, _delta(grad_out, out)
-    grad_q = None if deterministic else q.new_zeros(q.shape, dtype=torch.float32)
-    grad_k, grad_v = _grad_keys(tensors, statistics, (ids, ends), window, scale, grad_q)
-    if grad_q is None:
-        grad_q = _grad_queries(tensors, statistics, (ids, starts), window, scale)
+    with on_device_of(q):
+        statistics = lse, _delta(grad_out, out)
+        grad_q = None if deterministic else q.new_zeros(q.shape, dtype=torch.float32)
+        grad_k, grad_v = _grad_keys(tensors, statistics, (ids, ends), window, scale, grad_q)
+        if grad_q is None:
+            grad_q = _grad_queries(tensors, statistics, (ids, starts), window, scale)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
@@ -285,7 +287,7 @@ def _aot_case(
     kernel: str, arch: str, dtype: torch.dtype, head_dim: int, window: bool, documents: bool
 ) -> AotCase:
     """A kernel with the tile that it ships. Spills are allowed in float32 and for wide heads."""
-    by_size = load_tiles()[f"attention_{kernel}"][arch][str(dtype).removeprefix("torch.")]
+    by_size = tiles_of(f"attention_{kernel}", arch)[str(dtype).removeprefix("torch.")]
     bucket = min(
         (int(size) for size in by_size if size != "any" and head_dim <= int(size)), default="any"
     )

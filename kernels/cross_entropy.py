@@ -4,20 +4,29 @@ With z = weight @ x_t and lse_t = logsumexp(z), over the N tokens whose label is
 
     loss = (1/N) sum_t (lse_t - z[label_t])  +  z_loss
     z_loss = (z_loss_weight / N) sum_t lse_t^2
-    dz_t = (1/N) ((1 + 2 z_loss_weight lse_t) softmax(z_t) - onehot(label_t))
+    N dz_t = (1 + 2 z_loss_weight lse_t) softmax(z_t) - onehot(label_t)
 
 Works through blocks of rows; where a gradient is wanted, it is computed in the forward pass, while
-the probabilities are in the cache, so that the backward pass only scales it.
+the probabilities are in the cache, so that the backward pass only scales it. Kept is the gradient
+of N loss: of order 1, it fits a narrow dtype, and 1/N is applied to it in float32.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_shape, compute_dtype, no_autocast, resolve_backend
+from kernels.launch import (
+    at_least_float32,
+    check_same_device,
+    check_shape,
+    compute_dtype,
+    no_autocast,
+    resolve_backend,
+)
 from kernels.matmul import matmul
 
 # Elements of a block of logits: as many rows as fit go through one matmul, so that the (V, D) sum
@@ -39,34 +48,34 @@ class LinearCrossEntropy(NamedTuple):
 
 
 def _softmax_rows(
-    logits: Tensor, target: Tensor, share: Tensor, z_loss_weight: float, wants_grad: bool
+    logits: Tensor, target: Tensor, counted: Tensor, z_loss_weight: float, wants_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sums of share * nll and share * lse^2 over a group of rows; gradients replace the logits.
+    """Sums of nll and lse^2 over the counted of a group of rows; gradients replace the logits.
 
-    logits (n, V), target (n, 1) labels, share (n,) 1/N or 0.
+    logits (n, V), target (n, 1) labels, counted (n,) 1, or 0 where ignored.
     """
-    probs = torch.softmax(logits, -1, dtype=share.dtype)  # (n, V) float32
+    probs = torch.softmax(logits, -1, dtype=counted.dtype)  # (n, V) float32
     # The largest probability is at least 1/V, so this logsumexp cannot underflow.
-    lse = logits.amax(-1).to(share.dtype) - probs.amax(-1).log()  # (n,)
-    nll = lse - logits.gather(-1, target).squeeze(-1).to(share.dtype)
+    lse = logits.amax(-1).to(counted.dtype) - probs.amax(-1).log()  # (n,)
+    nll = lse - logits.gather(-1, target).squeeze(-1).to(counted.dtype)
     if wants_grad:
-        probs *= (share * (1 + 2 * z_loss_weight * lse)).unsqueeze(-1)
-        probs.scatter_add_(-1, target, -share.unsqueeze(-1))
+        probs *= (counted * (1 + 2 * z_loss_weight * lse)).unsqueeze(-1)
+        probs.scatter_add_(-1, target, -counted.unsqueeze(-1))
         logits.copy_(probs)
-    return torch.dot(share, nll), torch.dot(share, lse.square())
+    return torch.dot(counted, nll), torch.dot(counted, lse.square())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype, wants_grad):
+    def forward(ctx, x, weight, labels, ignore_index, z_loss_weight, dtype, wants_x, wants_weight):
         valid = labels != ignore_index
         num_tokens = valid.sum()
         wide = torch.promote_types(dtype, torch.float32)
-        per_token = valid.to(wide) / num_tokens.clamp(min=1)  # (T,) 1/N, 0 where ignored
+        counted = valid.to(wide)  # (T,)
         target = labels.masked_fill(~valid, 0).unsqueeze(-1)  # (T, 1)
         xs, w = x.to(dtype), weight.to(dtype)
-        grad_x = torch.empty_like(xs if wants_grad else xs[:0])
-        grad_w = torch.zeros_like(weight if wants_grad else weight[:0], dtype=wide)
+        grad_x = torch.empty_like(xs if wants_x else xs[:0])
+        grad_w = torch.zeros_like(weight if wants_weight else weight[:0], dtype=wide)
         nll_sum, z_sum = xs.new_zeros((), dtype=wide), xs.new_zeros((), dtype=wide)
         block = max(256, BLOCK_ELEMENTS // weight.shape[0])
         group = max(16, GROUP_ELEMENTS // weight.shape[0])
@@ -78,30 +87,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nll, z = _softmax_rows(
                     logits[part - first : these.stop - first],
                     target[these],
-                    per_token[these],
+                    counted[these],
                     z_loss_weight,
-                    wants_grad,
+                    wants_x or wants_weight,
                 )
                 nll_sum += nll
                 z_sum += z
-            if wants_grad:
+            if wants_x:
                 matmul(logits, w, out=grad_x[rows])
+            if wants_weight:
                 grad_w += matmul(logits.T, xs[rows])
-        z_loss = z_loss_weight * z_sum
-        if wants_grad:
-            ctx.save_for_backward(grad_x, grad_w)
-            ctx.dtypes = x.dtype, weight.dtype
+        divisor = num_tokens.clamp(min=1)
+        z_loss = z_loss_weight * z_sum / divisor
+        grads = grad_x if wants_x else None, grad_w if wants_weight else None
+        ctx.save_for_backward(*grads, num_tokens)
+        ctx.dtypes = x.dtype, weight.dtype
         ctx.mark_non_differentiable(z_loss, num_tokens)
-        return nll_sum + z_loss, z_loss, num_tokens
+        return nll_sum / divisor + z_loss, z_loss, num_tokens
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_z_loss, _grad_num_tokens):
-        grad_x, grad_w = ctx.saved_tensors
-        x_dtype, w_dtype = ctx.dtypes
-        # Not in place: a graph that is kept may be walked again.
-        grad_x = grad_x * grad_loss.to(grad_x.dtype)
-        grad_w = grad_w * grad_loss
-        return grad_x.to(x_dtype), grad_w.to(w_dtype), None, None, None, None, None
+        return *scale_gradients(ctx, grad_loss), None, None, None, None, None, None
+
+
+def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and weight: those of N loss that `ctx` keeps, times grad_loss / N.
+
+    To differentiate them again raises. `once_differentiable` sees to it where the incoming gradient
+    wants one itself, which that of a loss does not: it is made to.
+    """
+    if torch.is_grad_enabled():
+        grad_loss = grad_loss.detach().requires_grad_()
+    return _scale_once(ctx, grad_loss)
+
+
+@once_differentiable
+def _scale_once(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, num_tokens = ctx.saved_tensors
+    # In float32: bfloat16 would round the factor, and float16 a loss scale to infinity. Not in
+    # place: a graph that is kept may be walked again.
+    factor = grad_loss / num_tokens.clamp(min=1)
+    return tuple(
+        None if grad is None else (at_least_float32(grad) * factor).to(dtype)
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+    )
 
 
 def linear_cross_entropy(
@@ -127,19 +156,20 @@ def linear_cross_entropy(
         LinearCrossEntropy(loss, z_loss, num_tokens); `loss` is 0 where every label is ignored, and
         alone carries a gradient. Softmax and sums are in float32.
     Raises:
-        ValueError: if the shapes do not fit, or with `debug` if a label is neither of the V nor
-            `ignore_index`; without it, Triton's loss is NaN then.
+        ValueError: if shapes or devices do not fit, or with `debug` if a label is neither of the V
+            nor `ignore_index`; without it, Triton's loss is NaN then.
     Source: the gradient in the forward pass as in Liger-Kernel, arXiv 2410.10989.
     """
     check_shape("linear_cross_entropy", "weight", weight, (None, None))
     check_shape("linear_cross_entropy", "x", x, (None, weight.shape[1]))
     check_shape("linear_cross_entropy", "labels", labels, (x.shape[0],))
+    check_same_device("linear_cross_entropy", x=x, weight=weight, labels=labels)
     if debug:
         _check_labels(labels, weight.shape[0], ignore_index)
     dtype = compute_dtype(x)
     # Asked here, as inside a Function gradients are always off: an evaluation computes none.
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    options = (ignore_index, z_loss_weight, dtype, wants_grad)
+    wants = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    options = (ignore_index, z_loss_weight, dtype, *wants)
     if resolve_backend("linear_cross_entropy", backend, x, has_triton=True) == "triton":
         from kernels.cross_entropy_triton import linear_cross_entropy_op
 
@@ -166,13 +196,17 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against a linear layer and `F.cross_entropy`."""
     shapes = ((4096, 192, 4096), (2048, 256, 8192), (4096, 512, 32768), (16384, 2048, 50304))
-    return [
-        CaseBuilder("T{} D{} V{}".format(*shape), partial(_benchmark_case, shape, dtype, device))
-        for shape in shapes
-    ]
+    builders = []
+    for shape in shapes:
+        name = "T{} D{} V{}".format(*shape)
+        build = partial(_benchmark_case, name, shape, dtype, device)
+        builders.append(CaseBuilder(name, build))
+    return builders
 
 
-def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     num_tokens, hidden, vocab = shape
     torch.manual_seed(0)
     x = leaf(num_tokens, hidden, dtype=dtype, device=device)
@@ -184,7 +218,7 @@ def _benchmark_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str
         return torch.nn.functional.cross_entropy(logits, labels)
 
     return Case(
-        name="T{} D{} V{}".format(*shape),
+        name=name,
         ours=lambda x, weight, backend: (
             linear_cross_entropy(x, weight, labels, backend=backend).loss
         ),

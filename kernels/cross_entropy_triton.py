@@ -4,7 +4,7 @@ The two matmuls around it are cuBLAS's. Chunks of rows go through one buffer, wh
 memory that logits ever take:
 
     buffer = x[chunk] @ weight^T          (rows, V), rows padded to a multiple of 16 elements
-    losses[:, chunk], buffer = kernel     (nll, lse^2) of each row; the gradient replaces the logits
+    losses[:, chunk], buffer = kernel     (nll, lse^2) of each row; N dz replaces the logits
     grad_x[chunk] = buffer @ weight,   grad_weight += buffer^T @ x[chunk]
 
 A program reads BLOCK_ROWS rows twice: once for the running maximum and sum, once for the gradient.
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import AotCase
-from kernels.launch import MATMUL_DTYPES
+from kernels.cross_entropy import scale_gradients
+from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile, architecture
 
 # Elements of the block of one program, 16 a thread.
@@ -31,7 +32,6 @@ ROW_MULTIPLE = 16
 def _softmax_kernel(
     logits_ptr,
     labels_ptr,
-    inverse_ptr,
     losses_ptr,
     first,
     num_rows,
@@ -73,13 +73,12 @@ def _softmax_kernel(
     tl.store(losses_ptr + num_tokens + token, tl.where(counted, lse * lse, 0.0), mask=present)
 
     if WANTS_GRAD:
-        share = tl.where(counted, tl.load(inverse_ptr), 0.0)
-        scale = share * (1.0 + 2.0 * z_loss_weight * lse)
+        scale = 1.0 + 2.0 * z_loss_weight * lse
         for start in range(0, num_classes, BLOCK_CLASSES):
             inside = present[:, None] & (start + column < stride)
             z = tl.load(at + start + column, mask=inside, other=0.0).to(tl.float32)
             grad = tl.exp(z - lse[:, None]) * scale[:, None]
-            grad -= tl.where(start + column == label[:, None], share[:, None], 0.0)
+            grad -= tl.where(start + column == label[:, None], 1.0, 0.0)
             grad = tl.where(counted[:, None], grad, 0.0)
             tl.store(at + start + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)
 
@@ -92,10 +91,9 @@ def _tile(num_classes: int, arch: str) -> Tile:
     return Tile(blocks, num_warps=8 if block_classes == BLOCK_ELEMENTS else 4)
 
 
-def _softmax_rows(
+def _launch_softmax(
     logits: Tensor,
     labels: Tensor,
-    inverse: Tensor,
     losses: Tensor,
     first: int,
     ignore_index: int,
@@ -104,8 +102,8 @@ def _softmax_rows(
 ) -> None:
     """Fill losses[:, first:] of a chunk's rows; replace its logits by their gradient.
 
-    logits (rows, V), a view of rows padded to `logits.stride(0)`; labels (T,); inverse () 1/N;
-    losses (2, T) float32.
+    logits (rows, V), a view of rows padded to `logits.stride(0)`; labels (T,); losses (2, T)
+    float32.
     """
     num_rows, num_classes = logits.shape
     tile = _tile(num_classes, architecture(logits.device))
@@ -114,7 +112,6 @@ def _softmax_rows(
     _softmax_kernel[grid](
         logits,
         labels,
-        inverse,
         losses,
         *sizes,
         ignore_index,
@@ -132,40 +129,41 @@ def linear_cross_entropy_op(
     ignore_index: int,
     z_loss_weight: float,
     dtype: torch.dtype,
-    wants_grad: bool,
+    wants_x: bool,
+    wants_weight: bool,
     rows_per_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, z_loss (), num_tokens () int64, and for a loss gradient of 1 that of x and weight.
+    """loss, z_loss (), num_tokens () int64, and the gradients of N loss: of x and of weight.
 
-    grad_x (T, D) is in `dtype`, grad_weight (V, D) in float32; both have 0 rows without wants_grad.
+    grad_x (T, D) is in `dtype`, grad_weight (V, D) in float32; one that is not wanted has 0 rows.
     """
-    outputs = _empty(x, weight, dtype, wants_grad)
+    outputs = _empty(x, weight, dtype, wants_x, wants_weight)
     grad_x, grad_weight = outputs[3:]
     num_rows, num_classes = x.shape[0], weight.shape[0]
     xs, w, labels = x.to(dtype), weight.to(dtype), labels.contiguous()
     num_tokens = (labels != ignore_index).sum()
-    inverse = 1.0 / num_tokens.clamp(min=1).float()
     losses = x.new_empty(2, num_rows, dtype=torch.float32)
     stride = triton.cdiv(num_classes, ROW_MULTIPLE) * ROW_MULTIPLE
     buffer = xs.new_empty(min(rows_per_chunk, num_rows), stride)
-    if wants_grad:
-        grad_weight.zero_()
+    grad_weight.zero_()
+    options = ignore_index, z_loss_weight, wants_x or wants_weight
     for first in range(0, num_rows, rows_per_chunk):
         rows = slice(first, min(first + rows_per_chunk, num_rows))
         logits = buffer[: rows.stop - first, :num_classes]
         torch.mm(xs[rows], w.T, out=logits)
-        options = ignore_index, z_loss_weight, wants_grad
-        _softmax_rows(logits, labels, inverse, losses, first, *options)
-        if wants_grad:
+        with on_device_of(x):
+            _launch_softmax(logits, labels, losses, first, *options)
+        if wants_x:
             torch.mm(logits, w, out=grad_x[rows])
+        if wants_weight:
             _add_matmul(grad_weight, logits.T, xs[rows])
-    nll, square = (losses.sum(1) * inverse).unbind()
+    nll, square = (losses.sum(1) / num_tokens.clamp(min=1)).unbind()
     z_loss = z_loss_weight * square
     return nll + z_loss, z_loss, num_tokens, grad_x, grad_weight
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in float32."""
+    """total += a @ b: a sum in float32, of a product that is rounded to the dtype of a and b."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -173,10 +171,11 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _empty(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, wants_grad: bool
+    x: Tensor, weight: Tensor, dtype: torch.dtype, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scalar = x.new_empty((), dtype=torch.float32)
-    num_rows, num_classes = (x.shape[0], weight.shape[0]) if wants_grad else (0, 0)
+    num_rows = x.shape[0] if wants_x else 0
+    num_classes = weight.shape[0] if wants_weight else 0
     return (
         scalar,
         torch.empty_like(scalar),
@@ -187,25 +186,21 @@ def _empty(
 
 
 @linear_cross_entropy_op.register_fake
-def _(x, weight, labels, ignore_index, z_loss_weight, dtype, wants_grad, rows_per_chunk):
-    return _empty(x, weight, dtype, wants_grad)
+def _(x, weight, labels, ignore_index, z_loss_weight, dtype, wants_x, wants_weight, rows_per_chunk):
+    return _empty(x, weight, dtype, wants_x, wants_weight)
 
 
 def _save(ctx, inputs, output):
-    x, weight, *_ = inputs
+    x, weight, *_, wants_x, wants_weight, _ = inputs
     _, z_loss, num_tokens, grad_x, grad_weight = output
-    ctx.save_for_backward(grad_x, grad_weight)
+    grads = grad_x if wants_x else None, grad_weight if wants_weight else None
+    ctx.save_for_backward(*grads, num_tokens)
     ctx.dtypes = x.dtype, weight.dtype
     ctx.mark_non_differentiable(z_loss, num_tokens, grad_x, grad_weight)
 
 
 def _backward(ctx, grad_loss, *_):
-    # Not in place: a graph that is kept may be walked again.
-    grads = [
-        (grad * grad_loss.to(grad.dtype)).to(dtype)
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
-    return *grads, None, None, None, None, None, None
+    return *scale_gradients(ctx, grad_loss), None, None, None, None, None, None, None
 
 
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
@@ -217,12 +212,14 @@ def aot_cases() -> list[AotCase]:
     for num_classes in (256, 32768, 50257):
         for dtype in MATMUL_DTYPES:
             arguments: dict[str, Any] = {"logits_ptr": dtype, "labels_ptr": torch.int64}
-            arguments |= {"inverse_ptr": torch.float32, "losses_ptr": torch.float32}
+            arguments["losses_ptr"] = torch.float32
             sizes = ("first", "num_rows", "num_tokens", "num_classes", "stride", "ignore_index")
             arguments |= dict.fromkeys(sizes, int) | {"z_loss_weight": float}
-            divisible = ("first", "stride", *(["num_classes"] if num_classes % 16 == 0 else []))
+            is_odd = num_classes % 16 != 0
+            divisible = ("first", "stride", *([] if is_odd else ["num_classes"]))
             tile = _tile(num_classes, "sm_90")
             for wants_grad in (True, False):
                 constants = {"WANTS_GRAD": wants_grad}
-                cases.append(AotCase(_softmax_kernel, arguments, tile, constants, divisible))
+                case = AotCase(_softmax_kernel, arguments, tile, constants, divisible)
+                cases.append(case._replace(name="odd" * is_odd))
     return cases

@@ -11,10 +11,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     at_least_float32,
+    check_same_device,
     check_shape,
     compute_dtype,
     no_autocast,
@@ -36,6 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.to(dtype).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, weight, inverse = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1]).to(inverse.dtype)
@@ -60,10 +63,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         Shape of `x`, in autocast's dtype where that is on (the next operation is a matmul, which
         would cast it anyway), else that of `x`. Computed in float32.
     Raises:
-        ValueError: if `weight` has not the size of the last dimension.
+        ValueError: if `weight` has not the size of the last dimension, or is on another device.
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
+    check_same_device("rms_norm", x=x, weight=weight)
     dtype = compute_dtype(x)
     if resolve_backend("rms_norm", backend, x, has_triton=True) == "triton":
         from kernels.rms_norm_triton import rms_norm_op
@@ -77,13 +81,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against `F.rms_norm`, at a small, a common and a large width."""
     shapes = ((4096, 192), (2048, 1024), (32768, 2048))
-    return [
-        CaseBuilder(f"rows{rows} D{size}", partial(_benchmark_case, rows, size, dtype, device))
-        for rows, size in shapes
-    ]
+    builders = []
+    for rows, size in shapes:
+        name = f"rows{rows} D{size}"
+        build = partial(_benchmark_case, name, rows, size, dtype, device)
+        builders.append(CaseBuilder(name, build))
+    return builders
 
 
-def _benchmark_case(rows: int, size: int, dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(name: str, rows: int, size: int, dtype: torch.dtype, device: str) -> Case:
     torch.manual_seed(0)
     x, grad = (leaf(rows, size, dtype=dtype, device=device) for _ in range(2))
     weight = leaf(size, dtype=dtype, device=device)
@@ -92,7 +98,7 @@ def _benchmark_case(rows: int, size: int, dtype: torch.dtype, device: str) -> Ca
         return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
 
     return Case(
-        name=f"rows{rows} D{size}",
+        name=name,
         ours=lambda x, weight, backend: rms_norm(x, weight, 1e-5, backend=backend),
         leaves=(x, weight),
         reference=library,

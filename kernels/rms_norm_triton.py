@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import AotCase
-from kernels.launch import MATMUL_DTYPES
+from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile
 
 # Elements of the block of one program, and programs of the backward pass.
@@ -94,7 +94,8 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tu
     tile = _tile(size)
     if x.numel():
         grid = (triton.cdiv(num_rows, tile.blocks["BLOCK_ROWS"]),)
-        _forward_kernel[grid](x, weight, y, inverse, num_rows, size, eps, **tile.options())
+        with on_device_of(x):
+            _forward_kernel[grid](x, weight, y, inverse, num_rows, size, eps, **tile.options())
     return y, inverse
 
 
@@ -115,7 +116,8 @@ def rms_norm_backward_op(
     partial = x.new_empty(programs, size, dtype=torch.float32)
     if x.numel():
         tensors = grad_y.contiguous(), x, weight, inverse, grad_x, partial
-        _backward_kernel[(programs,)](*tensors, num_rows, size, **tile.options())
+        with on_device_of(x):
+            _backward_kernel[(programs,)](*tensors, num_rows, size, **tile.options())
     return grad_x, partial.sum(0).to(weight.dtype)
 
 

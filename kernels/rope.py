@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_shape, no_autocast, resolve_backend
+from kernels.launch import check_same_device, check_shape, no_autocast, resolve_backend
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -61,12 +61,13 @@ def apply_rope(
     Returns:
         q and k rotated, same shapes and dtypes.
     Raises:
-        ValueError: if P is odd or the shapes do not fit.
+        ValueError: if P is odd, or shapes or devices do not fit.
     Source: Su et al., RoFormer, arXiv 2104.09864; the split into halves as in GPT-NeoX.
     """
     check_shape("apply_rope", "q", q, (None, None, None, None))
     check_shape("apply_rope", "k", k, (q.shape[0], q.shape[1], None, q.shape[3]))
     check_shape("apply_rope", "positions", positions, (q.shape[1],))
+    check_same_device("apply_rope", q=q, k=k, positions=positions)
     if q.shape[-1] % 2:
         raise ValueError(f"apply_rope: head_dim ({q.shape[-1]}) must be even")
     triton = resolve_backend("apply_rope", backend, q, has_triton=True) == "triton"
@@ -84,15 +85,17 @@ def apply_rope(
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Queries and keys, against the formula with `torch.cat` as Hugging Face writes it."""
     shapes = ((8, 256, 8, 32), (8, 4096, 32, 128))
-    return [
-        CaseBuilder(
-            "B{} S{} H{} P{}".format(*shape), partial(_benchmark_case, shape, dtype, device)
-        )
-        for shape in shapes
-    ]
+    builders = []
+    for shape in shapes:
+        name = "B{} S{} H{} P{}".format(*shape)
+        build = partial(_benchmark_case, name, shape, dtype, device)
+        builders.append(CaseBuilder(name, build))
+    return builders
 
 
-def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     batch, seq_len, _, head_dim = shape
     torch.manual_seed(0)
     q, k = (leaf(*shape, dtype=dtype, device=device) for _ in range(2))
@@ -111,7 +114,7 @@ def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device
         return torch.stack([turned(q), turned(k)])
 
     return Case(
-        name="B{} S{} H{} P{}".format(*shape),
+        name=name,
         ours=lambda q, k, backend: torch.stack(apply_rope(q, k, positions, backend=backend)),
         leaves=(q, k),
         reference=formula,

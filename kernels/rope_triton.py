@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import AotCase
-from kernels.launch import MATMUL_DTYPES
+from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile
 
 # Pairs of elements of the block of one program: 8 a thread, so that a half is read in 16 bytes.
@@ -166,9 +166,10 @@ def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
         strides = *q.stride()[:3], *k.stride()[:3]
         sizes = seq_len, q_heads, k_heads
         constants = {"INVERSE": inverse, "HALF": head_dim // 2, **tile.options()}
-        _rope_kernel[(q_programs + k_programs,)](
-            *tensors, q_programs, *strides, *sizes, **constants
-        )
+        with on_device_of(q):
+            _rope_kernel[(q_programs + k_programs,)](
+                *tensors, q_programs, *strides, *sizes, **constants
+            )
     return q_out, k_out
 
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import at_least_float32, check_shape, no_autocast, resolve_backend
+from kernels.launch import (
+    at_least_float32,
+    check_same_device,
+    check_shape,
+    no_autocast,
+    resolve_backend,
+)
 
 SCORES = ("softmax", "sigmoid")
 
@@ -52,8 +58,9 @@ def lowest_index_topk(scores: Tensor, top_k: int) -> Tensor:
 
 def _mask_groups(scores: Tensor, num_groups: int, groups_kept: int) -> Tensor:
     """Lower experts outside each token's best groups to -inf; a group scores by its best two."""
-    grouped = scores.view(scores.shape[0], num_groups, -1)  # (T, groups, E / groups)
-    group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, groups)
+    size = scores.shape[-1] // num_groups
+    grouped = scores.unflatten(-1, (num_groups, size))  # (T, groups, E / groups)
+    group_score = grouped.topk(min(2, size), dim=-1).values.sum(-1)  # (T, groups)
     kept = lowest_index_topk(group_score, groups_kept)
     outside = torch.ones_like(group_score, dtype=torch.bool).scatter_(-1, kept, False)
     return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).view_as(scores)
@@ -84,8 +91,8 @@ def fused_topk(
         `router_logits` from weights and probs. Indices are distinct and in range even where
         logits or bias are inf or NaN.
     Raises:
-        ValueError: on a wrong shape, K > E, an unknown score, or groups that do not divide E or
-            leave fewer than K experts.
+        ValueError: on a wrong shape or device, K > E, an unknown score, or groups that do not
+            divide E or leave fewer than K experts.
     Source: group limit as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
     """
     check_shape("fused_topk", "router_logits", router_logits, (None, None))
@@ -98,10 +105,12 @@ def fused_topk(
         raise ValueError(f"fused_topk: score ({score!r}) must be one of {', '.join(SCORES)}")
     if bias is not None:
         check_shape("fused_topk", "bias", bias, (num_experts,))
+    check_same_device("fused_topk", router_logits=router_logits, bias=bias)
     if groups is not None:
         num_groups, groups_kept = groups
-        size, rest = divmod(num_experts, num_groups)
-        if rest or not 1 <= groups_kept <= num_groups or size * groups_kept < top_k:
+        divides = num_groups >= 1 and num_experts % num_groups == 0
+        fits = divides and 1 <= groups_kept <= num_groups
+        if not fits or num_experts // num_groups * groups_kept < top_k:
             raise ValueError(
                 f"fused_topk: groups {groups} must divide num_experts ({num_experts}) and "
                 f"leave at least top_k ({top_k}) experts"
@@ -135,13 +144,14 @@ def fused_topk(
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Softmax, top-k and renormalisation, against `softmax` and `topk` of PyTorch."""
     shapes = ((4096, 16, 4), (32768, 64, 8), (32768, 128, 8), (8192, 256, 8))
-    return [
-        CaseBuilder("T{} E{} K{}".format(*shape), partial(_benchmark_case, shape, device))
-        for shape in shapes
-    ]
+    builders = []
+    for shape in shapes:
+        name = "T{} E{} K{}".format(*shape)
+        builders.append(CaseBuilder(name, partial(_benchmark_case, name, shape, device)))
+    return builders
 
 
-def _benchmark_case(shape: tuple[int, int, int], device: str) -> Case:
+def _benchmark_case(name: str, shape: tuple[int, int, int], device: str) -> Case:
     num_tokens, num_experts, top_k = shape
     torch.manual_seed(0)
     logits = leaf(num_tokens, num_experts, dtype=torch.float32, device=device)
@@ -151,7 +161,7 @@ def _benchmark_case(shape: tuple[int, int, int], device: str) -> Case:
         return weights / weights.sum(-1, keepdim=True)
 
     return Case(
-        name="T{} E{} K{}".format(*shape),
+        name=name,
         ours=lambda logits, backend: fused_topk(logits, top_k, backend=backend).topk_weights,
         leaves=(logits,),
         reference=library,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import AotCase
-from kernels.launch import MATMUL_DTYPES
+from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile, architecture
 
 # Scores of the block of one program; more of them in the interpreter, where each step costs alike.
@@ -247,7 +247,8 @@ def topk_op(
         constants |= _groups(num_experts, num_groups, groups_kept)
         constants |= {"BLOCK_K": triton.next_power_of_2(top_k), **tile.options()}
         grid = (triton.cdiv(num_tokens, tile.blocks["BLOCK_TOKENS"]),)
-        _forward_kernel[grid](logits, bias, *outputs, num_tokens, num_experts, **constants)
+        with on_device_of(logits):
+            _forward_kernel[grid](logits, bias, *outputs, num_tokens, num_experts, **constants)
     return outputs
 
 
@@ -283,9 +284,11 @@ def topk_backward_op(
         grads = (None if grad is None else grad.contiguous() for grad in (grad_weights, grad_probs))
         tile = _tile(num_experts, architecture(probs.device))
         constants = {"SOFTMAX": softmax, "NORMALIZE": normalize, "TOP_K": indices.shape[1]}
+        constants |= tile.options()
         grid = (triton.cdiv(num_tokens, tile.blocks["BLOCK_TOKENS"]),)
         tensors = *grads, probs, indices, grad_logits
-        _backward_kernel[grid](*tensors, num_tokens, num_experts, **constants, **tile.options())
+        with on_device_of(probs):
+            _backward_kernel[grid](*tensors, num_tokens, num_experts, **constants)
     return grad_logits
 
 

@@ -1,22 +1,34 @@
 """Which block sizes does a Triton kernel run with? Made ahead of time, not tuned at run time.
 
 `tiles.json` maps kernel -> architecture -> dtype -> largest rows per expert (or any other size that
-the kernel is keyed by) -> block sizes and launch options. `python -m kernels.bench OP --tune` adds
-entries; `kernels.aot` shows what each needs of its chip.
+the kernel is keyed by) -> block sizes and launch options. An architecture without entries for a
+kernel takes those of another: `fallbacks`. `python -m kernels.bench OP --tune` adds entries;
+`kernels.aot` shows what each needs of its chip.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
-# Architectures without entries of their own take those of the nearest older one.
-_FALLBACK = {"sm_100": "sm_90", "sm_120": "sm_80", "sm_89": "sm_80", "sm_86": "sm_80"}
+# Shared memory of a program decides: 99 KiB on sm_86, sm_89 and sm_12x, 163 on sm_80, 227 on sm_90
+# and sm_10x. sm_89 goes on to sm_80 as long as those tiles fit it, which `kernels.aot` checks.
+_FALLBACK = {
+    "sm_86": "sm_89",
+    "sm_89": "sm_80",
+    "sm_90": "sm_80",
+    "sm_100": "sm_90",
+    "sm_103": "sm_100",
+    "sm_120": "sm_89",
+    "sm_121": "sm_120",
+}
+_LAST = ("sm_80", "gfx942", "interpreter")
 
 
 class Tile(NamedTuple):
@@ -41,6 +53,19 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def fallbacks(arch: str) -> list[str]:
+    """`arch`, then the architectures whose tiles it takes where it has none, nearest first.
+
+    An NVIDIA chip that is not known here gets the tiles of the one with the least shared memory,
+    an unknown one of AMD those of gfx942.
+    """
+    chain = [arch]
+    while chain[-1] not in _LAST:
+        unknown = "gfx942" if arch.startswith("gfx") else "sm_89"
+        chain.append(_FALLBACK.get(chain[-1], unknown))
+    return chain
+
+
 @cache
 def load_tiles() -> dict[str, dict[str, dict[str, dict[str, Tile]]]]:
     """The whole table: kernel -> architecture -> dtype -> largest size -> Tile."""
@@ -57,6 +82,22 @@ def load_tiles() -> dict[str, dict[str, dict[str, dict[str, Tile]]]]:
     }
 
 
+def _nearest(by_arch: dict[str, Any], arch: str) -> Any:
+    for candidate in fallbacks(arch):
+        if candidate in by_arch:
+            return by_arch[candidate]
+    raise KeyError(arch)
+
+
+def tiles_of(kernel: str, arch: str) -> dict[str, dict[str, Tile]]:
+    """dtype -> largest size -> Tile, of the first of the architecture's `fallbacks` with entries.
+
+    Raises:
+        KeyError: if the kernel is not in the table.
+    """
+    return _nearest(load_tiles()[kernel], arch)
+
+
 def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
     """The entry for the smallest bucket that holds `size`; the largest bucket is called `any`.
 
@@ -69,11 +110,7 @@ def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int
 
 
 def _from_table(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
-    by_arch = load_tiles()[kernel]
-    arch = architecture(device)
-    if arch not in by_arch:
-        arch = _FALLBACK.get(arch, "sm_80")
-    by_dtype = by_arch[arch]
+    by_dtype = tiles_of(kernel, architecture(device))
     name = str(dtype).removeprefix("torch.")
     by_size = by_dtype[name if name in by_dtype else "float32"]
     fitting = [int(bucket) for bucket in by_size if bucket != "any" and size <= int(bucket)]
@@ -122,9 +159,14 @@ def on_trial() -> Iterator[Trial]:
 
 
 def save_tile(kernel: str, arch: str, dtype: str, bucket: str, tile: Tile) -> None:
-    """Write an entry of the table; for an architecture that had none, the only one is `any` too."""
+    """Write an entry of the table; an architecture that had none keeps what it took so far.
+
+    For a dtype that had none, the only entry is `any` too.
+    """
     raw = json.loads(TABLE.read_text())
-    by_size = raw[kernel].setdefault(arch, {}).setdefault(dtype, {})
+    # From now on it has entries of its own, which must serve every dtype and size.
+    raw[kernel][arch] = copy.deepcopy(_nearest(raw[kernel], arch))
+    by_size = raw[kernel][arch].setdefault(dtype, {})
     by_size[bucket] = tile._asdict()
     by_size.setdefault("any", tile._asdict())
     TABLE.write_text(json.dumps(raw, indent=1) + "\n")

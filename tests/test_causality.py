@@ -99,7 +99,7 @@ def test_planted_leak_in_attention_is_caught(path, monkeypatch):
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
         return visible.tril(1).unsqueeze(0)
 
-    monkeypatch.setattr(attention, "visible_keys", peeking)
+    monkeypatch.setattr(attention, "key_mask", peeking)
     # A window leads both paths through the mask.
     model, ids = build("window"), tokens(2, SEQ_LEN)
     assert difference(model, ids, changed_at(ids, (0, 6)), before(6)) > 1e-6

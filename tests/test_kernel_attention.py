@@ -179,6 +179,14 @@ def test_gradcheck(attend):
     )
 
 
+@pytest.mark.parametrize("attend", ["short path", "triton"], indirect=True)
+def test_a_second_derivative_raises(device, attend):
+    tensors = leaves(*qkv(1, 5, 2, 4, device))
+    grads = torch.autograd.grad(attend(*tensors).square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        grads[0].square().sum().backward()
+
+
 def test_tokens_of_other_documents_change_no_bit(device, attend):
     q, k, v = qkv(1, 32, 2, 8, device)
     document_ids = torch.tensor([[0] * 10 + [1] * 12 + [2] * 10], device=device)
@@ -286,6 +294,11 @@ def test_wrong_inputs_are_named():
             (q, k, v),
             {"document_ids": torch.zeros(2, 5)},
             "document_ids is torch.float32, needs integers",
+        ),
+        (
+            (q, k, v.to("meta")),
+            {},
+            "tensors on different devices: q on cpu, k on cpu, v on meta",
         ),
         (
             [torch.zeros(1, 2, 1, 264)] * 3,

@@ -1,5 +1,6 @@
 """Do the Triton kernels of attention hold at every shape, mask and layout, and bit for bit?"""
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -236,6 +237,15 @@ def test_nothing_beyond_the_tensors_is_read(device, shape, deterministic):
         results.append((out, *torch.autograd.grad(out, inputs, grad)))
     for plain, inside in zip(*results, strict=True):
         assert_equals(inside, plain)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_are_launched_on_the_device_of_q(device, monkeypatch, deterministic):
+    tensors = leaves(*make((1, 17, 17, 2, 1, 8), device))
+    entered = []
+    monkeypatch.setattr(triton, "on_device_of", lambda t: entered.append(t) or nullcontext())
+    attend(*tensors, deterministic=deterministic).sum().backward()
+    assert [t.data_ptr() for t in entered] == [tensors[0].data_ptr()] * 2
 
 
 def test_views_are_read_in_place(device, monkeypatch):

@@ -1,6 +1,7 @@
 """Is the loss without logits the loss with logits, and are its gradients?"""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -157,6 +158,53 @@ def test_bfloat16_tensors_without_autocast(device, backend):
     assert relative_error(loss, oracle(*[t.double() for t in narrow], labels)[0]) < 1e-2
 
 
+def test_a_factor_of_the_loss_is_not_rounded_to_bfloat16(device, backend):
+    x, weight, labels = inputs(63, device)
+    x, weight = leaves(x, weight)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, labels, backend=backend).loss
+    # bfloat16 knows no number between 256 and 258.
+    plain, scaled = (
+        torch.autograd.grad(loss * factor, [x, weight], retain_graph=True) for factor in (1, 257)
+    )
+    for grad, larger in zip(plain, scaled, strict=True):
+        assert_equals(larger, grad * 257)
+
+
+def test_float16_gradients_survive_a_loss_scale(device, backend):
+    x, weight, labels = inputs(1000, device)
+    narrow = leaves(x.half() / 16, weight.half() / 16)
+    exact_in = leaves(*narrow, dtype=torch.float64)
+    loss = linear_cross_entropy(*narrow, labels, backend=backend).loss
+    grads = torch.autograd.grad(loss * 65536.0, narrow)
+    expected = torch.autograd.grad(oracle(*exact_in, labels)[0] * 65536.0, exact_in)
+    for actual, right in zip(grads, expected, strict=True):
+        assert actual.dtype == torch.float16
+        assert relative_error(actual, right) < 4e-3
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_second_derivative_raises(device, backend, factor):
+    x, weight, labels = inputs(9, device)
+    x, weight = leaves(x, weight)
+    loss = linear_cross_entropy(x, weight, labels, backend=backend).loss
+    grads = torch.autograd.grad(loss * factor, [x, weight], create_graph=True)
+    # A penalty of the gradient beside the loss: not the gradient of the loss alone.
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + grads[0].square().sum()).backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grads[1].square().sum(), [x, weight])
+
+
+def test_kernels_are_launched_on_the_device_of_x(device, monkeypatch):
+    triton = pytest.importorskip("kernels.cross_entropy_triton")
+    x, weight, labels = inputs(9, device)
+    entered = []
+    monkeypatch.setattr(triton, "on_device_of", lambda t: entered.append(t) or nullcontext())
+    linear_cross_entropy(x, weight, labels, backend="triton")
+    assert [t.data_ptr() for t in entered] == [x.data_ptr()]
+
+
 def test_a_graph_that_is_kept_can_be_walked_twice(device, backend):
     x, weight, labels = inputs(63, device)
     x, weight = leaves(x, weight)
@@ -177,6 +225,30 @@ def test_gradient_of_one_input_alone(device, backend, wanted):
     pair = (one, weight) if wanted == "x" else (x, one)
     (grad,) = torch.autograd.grad(linear_cross_entropy(*pair, labels, backend=backend).loss, [one])
     assert torch.equal(grad, expected[0 if wanted == "x" else 1])
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_the_gradient_of_a_frozen_input_is_neither_computed_nor_kept(
+    device, backend, wanted, monkeypatch
+):
+    x, weight, labels = inputs(63, device)
+    (x if wanted == "x" else weight).requires_grad_()
+    products, matmul, mm = [], cross_entropy.matmul, torch.mm
+    if backend == "torch":
+        monkeypatch.setattr(
+            cross_entropy, "matmul", lambda *a, **k: products.append(1) or matmul(*a, **k)
+        )
+    else:
+        monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(1) or mm(*a, **k))
+        triton = pytest.importorskip("kernels.cross_entropy_triton")
+        add = triton._add_matmul
+        monkeypatch.setattr(triton, "_add_matmul", lambda *a: products.append(1) or add(*a))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear_cross_entropy(x, weight, labels, backend=backend)
+    # The logits, and one gradient.
+    assert len(products) == 2
+    assert kept == [(63, D) if wanted == "x" else (V, D), ()]
 
 
 def test_without_gradients_none_are_computed(device, monkeypatch):
@@ -218,6 +290,10 @@ def test_wrong_shapes_are_named():
         ((x, weight[0], labels), "weight has shape (17,), needs (any, any)"),
         ((x[:, :3], weight, labels), "x has shape (5, 3), needs (any, 17)"),
         ((x, weight, labels[:4]), "labels has shape (4,), needs (5)"),
+        (
+            (x, weight, labels.to("meta")),
+            "tensors on different devices: x on cpu, weight on cpu, labels on meta",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError) as caught:
@@ -287,14 +363,14 @@ def test_a_label_out_of_range_makes_the_loss_nan_and_reads_nothing(device, label
 def chunks(monkeypatch):
     """A list of the logits of each chunk: (shape, address of its memory, bytes of it)."""
     triton = pytest.importorskip("kernels.cross_entropy_triton")
-    seen, run = [], triton._softmax_rows
+    seen, run = [], triton._launch_softmax
 
     def record(logits, *arguments):
         memory = logits.untyped_storage()
         seen.append((tuple(logits.shape), memory.data_ptr(), memory.nbytes()))
         run(logits, *arguments)
 
-    monkeypatch.setattr(triton, "_softmax_rows", record)
+    monkeypatch.setattr(triton, "_launch_softmax", record)
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 64 * V)
     monkeypatch.setattr(cross_entropy, "MIN_CHUNK_ROWS", 16)
     return seen
@@ -355,9 +431,8 @@ def kernel_rows(logits, labels, device, wants_grad=True, ignore_index=-100):
     padded = padded.to(device)
     padded[:, :classes] = logits
     losses = torch.full((2, rows), torch.nan, device=device)
-    inverse = torch.tensor(0.25, device=device)
     options = 0, ignore_index, 0.1, wants_grad
-    triton._softmax_rows(padded[:, :classes], labels, inverse, losses, *options)
+    triton._launch_softmax(padded[:, :classes], labels, losses, *options)
     return losses, padded[:, :classes]
 
 
@@ -395,9 +470,8 @@ def test_addresses_beyond_two_to_the_31(device):
     logits = randn(3, 17, seed=1, device=device).bfloat16()
     far.copy_(logits)
     labels, losses = torch.tensor([3, -100, 16], device=device), torch.zeros(2, 3, device=device)
-    inverse = torch.tensor(0.25, device=device)
     expected = kernel_rows(logits, labels, device)
-    triton._softmax_rows(far, labels, inverse, losses, 0, -100, 0.1, True)
+    triton._launch_softmax(far, labels, losses, 0, -100, 0.1, True)
     assert torch.equal(losses, expected[0])
     assert torch.equal(far, expected[1])
 
@@ -418,17 +492,17 @@ def test_tiles_of_real_chips_give_the_same_rows(device, monkeypatch, num_classes
     assert_equals(losses[1], lse.square() * counted)
     expected = wide.softmax(-1) * (1 + 2 * 0.1 * lse)[:, None]
     expected[torch.arange(5), labels.clamp(min=0)] -= 1
-    assert_equals(grads, expected * counted[:, None] / 4)
+    assert_equals(grads, expected * counted[:, None])
 
 
 def test_operator_is_registered_soundly(device):
     triton = pytest.importorskip("kernels.cross_entropy_triton")
     x, weight, labels = inputs(9, device)
     ours_in = leaves(x, weight)
-    for dtype, wants_grad in ((torch.float32, True), (torch.bfloat16, True)):
-        arguments = *ours_in, labels, -100, 0.1, dtype, wants_grad, 16
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = *ours_in, labels, -100, 0.1, dtype, True, True, 16
         torch.library.opcheck(triton.linear_cross_entropy_op, arguments)
-    arguments = x, weight, labels, -100, 0.1, torch.float32, False, 16
+    arguments = x, weight, labels, -100, 0.1, torch.float32, False, False, 16
     torch.library.opcheck(triton.linear_cross_entropy_op, arguments)
 
 

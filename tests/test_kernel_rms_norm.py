@@ -1,5 +1,7 @@
 """Does RMS normalisation equal its formula, and its gradients?"""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,30 @@ def test_wrong_shape_is_named():
     with pytest.raises(ValueError) as caught:
         rms_norm(torch.zeros(2, 4), torch.zeros(3))
     assert str(caught.value) == "rms_norm: weight has shape (3,), needs (4)"
+
+
+def test_tensors_on_two_devices_are_named():
+    with pytest.raises(ValueError) as caught:
+        rms_norm(torch.zeros(2, 4), torch.zeros(4, device="meta"))
+    message = "tensors on different devices: x on cpu, weight on meta"
+    assert str(caught.value) == f"rms_norm: {message}"
+
+
+def test_a_second_derivative_raises(device, backend):
+    x, weight = leaves(randn(9, 17, seed=1, device=device), randn(17, seed=2, device=device))
+    out = rms_norm(x, weight, backend=backend).square().sum()
+    grads = torch.autograd.grad(out, [x, weight], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+        grads[0].square().sum().backward()
+
+
+def test_kernels_are_launched_on_the_device_of_x(device, monkeypatch):
+    triton = pytest.importorskip("kernels.rms_norm_triton")
+    x, weight = leaves(randn(9, 17, seed=1, device=device), randn(17, seed=2, device=device))
+    entered = []
+    monkeypatch.setattr(triton, "on_device_of", lambda t: entered.append(t) or nullcontext())
+    rms_norm(x, weight, backend="triton").sum().backward()
+    assert [t.data_ptr() for t in entered] == [x.data_ptr()] * 2
 
 
 def test_operators_are_registered_soundly(device):

@@ -1,5 +1,7 @@
 """Do queries and keys turn by their positions, and only by those?"""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,26 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k: apply_rope(q, k, positions), [q, k])
 
 
+def test_second_derivatives_are_right_in_both_bodies(device, backend):
+    positions = torch.arange(5, device=device)
+    (q,) = leaves(randn(1, 5, 2, 4, seed=1, device=device))
+    k = randn(1, 5, 1, 4, seed=2, device=device)
+    out, _ = apply_rope(q, k, positions, backend=backend)
+    # The gradient of |y|^2 / 2 is x, and that of |x|^2 is 2 x.
+    (grad,) = torch.autograd.grad(out.square().sum() / 2, q, create_graph=True)
+    (again,) = torch.autograd.grad(grad.square().sum(), q)
+    assert_equals(again, 2 * q)
+
+
+def test_kernels_are_launched_on_the_device_of_q(device, monkeypatch):
+    triton = pytest.importorskip("kernels.rope_triton")
+    q, k = leaves(*qk(1, 5, 2, 1, 4, device))
+    entered = []
+    monkeypatch.setattr(triton, "on_device_of", lambda t: entered.append(t) or nullcontext())
+    sum(apply_rope(q, k, torch.arange(5, device=device), backend="triton")).sum().backward()
+    assert [t.shape for t in entered] == [q.shape] * 2
+
+
 def test_scores_depend_on_the_distance_only(device):
     q, k = (t.double() for t in qk(1, 1, 1, 1, 16, device))
 
@@ -110,6 +132,10 @@ def test_wrong_inputs_are_named():
         ((q, k[:, :3], positions), "k has shape (2, 3, 2, 8), needs (2, 5, any, 8)"),
         ((q, k, positions[:3]), "positions has shape (3,), needs (5)"),
         ((q[..., :7], k[..., :7], positions), "head_dim (7) must be even"),
+        (
+            (q, k, positions.to("meta")),
+            "tensors on different devices: q on cpu, k on cpu, positions on meta",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError) as caught:

@@ -1,5 +1,7 @@
 """Does `fused_topk` choose and weigh the experts that the formula names?"""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,37 @@ def test_groups_limit_the_choice(device, backend, groups):
     assert max(len({i // size for i in row}) for row in ours.topk_indices.tolist()) <= groups[1]
 
 
+def test_groups_of_no_tokens_choose_nothing(device, backend):
+    ours = fused_topk(torch.zeros(0, 16, device=device), 4, groups=(4, 2), backend=backend)
+    assert ours.topk_indices.shape == ours.topk_weights.shape == (0, 4)
+    assert ours.router_probs.shape == (0, 16)
+
+
+def test_a_second_derivative_is_right_or_raises(device, backend):
+    logits = randn(9, 5, seed=1, device=device)
+    (exact_in,), (ours_in,) = leaves(logits, dtype=torch.float64), leaves(logits)
+
+    def second(x, backend):
+        out = fused_topk(x, 2, backend=backend).topk_weights
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            second(ours_in, backend)
+    else:
+        assert_equals(second(ours_in, backend), second(exact_in, backend))
+
+
+def test_kernels_are_launched_on_the_device_of_the_logits(device, monkeypatch):
+    triton = pytest.importorskip("kernels.routing_triton")
+    (logits,) = leaves(randn(9, 5, seed=1, device=device))
+    entered = []
+    monkeypatch.setattr(triton, "on_device_of", lambda t: entered.append(t) or nullcontext())
+    fused_topk(logits, 2, backend="triton").topk_weights.sum().backward()
+    assert [t.shape for t in entered] == [logits.shape] * 2
+
+
 def test_router_stays_in_float32_under_autocast(device, backend):
     logits = randn(63, 8, seed=1, device=device)
     plain = fused_topk(logits, 2, backend=backend)
@@ -204,6 +237,20 @@ def test_the_least_number_ties_with_minus_infinity_in_both_bodies(device, backen
             {"groups": (3, 1)},
             "fused_topk: groups (3, 1) must divide num_experts (8) and leave at least top_k (2) "
             "experts",
+        ),
+        (
+            {"groups": (0, 2)},
+            "fused_topk: groups (0, 2) must divide num_experts (8) and leave at least top_k (2) "
+            "experts",
+        ),
+        (
+            {"groups": (-2, 1)},
+            "fused_topk: groups (-2, 1) must divide num_experts (8) and leave at least top_k (2) "
+            "experts",
+        ),
+        (
+            {"bias": torch.zeros(8, device="meta")},
+            "fused_topk: tensors on different devices: router_logits on cpu, bias on meta",
         ),
         (
             {"groups": (8, 1)},
