@@ -13,13 +13,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     check_same_device,
     check_shape,
     compute_dtype,
+    first_derivative_only,
     no_autocast,
     resolve_backend,
 )
@@ -91,7 +91,7 @@ class _ShortAttention(torch.autograd.Function):
         return out.view(batch, num_heads, num_queries, head_dim)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_out):
         q, k, v, *saved = ctx.saved_tensors
         batch, num_heads, num_kv_heads = ctx.shape

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
@@ -24,6 +23,7 @@ from kernels.launch import (
     check_same_device,
     check_shape,
     compute_dtype,
+    first_derivative_only,
     no_autocast,
     resolve_backend,
 )
@@ -106,23 +106,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll_sum / divisor + z_loss, z_loss, num_tokens
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad_loss, _grad_z_loss, _grad_num_tokens):
         return *scale_gradients(ctx, grad_loss), None, None, None, None, None, None
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and weight: those of N loss that `ctx` keeps, times grad_loss / N.
-
-    To differentiate them again raises. `once_differentiable` sees to it where the incoming gradient
-    wants one itself, which that of a loss does not: it is made to.
-    """
-    if torch.is_grad_enabled():
-        grad_loss = grad_loss.detach().requires_grad_()
-    return _scale_once(ctx, grad_loss)
-
-
-@once_differentiable
-def _scale_once(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and weight: those of N loss that `ctx` keeps, times grad_loss / N."""
     *grads, num_tokens = ctx.saved_tensors
     # In float32: bfloat16 would round the factor, and float16 a loss scale to infinity. Not in
     # place: a graph that is kept may be walked again.

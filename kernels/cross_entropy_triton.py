@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.aot import AotCase
 from kernels.cross_entropy import scale_gradients
-from kernels.launch import MATMUL_DTYPES, on_device_of
+from kernels.launch import MATMUL_DTYPES, first_derivative_only, on_device_of
 from kernels.tiles import Tile, architecture
 
 # Elements of the block of one program, 16 a thread.
@@ -199,6 +199,7 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(z_loss, num_tokens, grad_x, grad_weight)
 
 
+@first_derivative_only
 def _backward(ctx, grad_loss, *_):
     return *scale_gradients(ctx, grad_loss), None, None, None, None, None, None, None
 

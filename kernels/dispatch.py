@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_shape, resolve_backend
+from kernels.launch import check_same_device, check_shape, resolve_backend
 
 # The Triton plan counts in shared memory: four bytes for each expert.
 MAX_EXPERTS_TRITON = 8192
@@ -38,6 +38,10 @@ class DispatchPlan(NamedTuple):
     def num_rows(self) -> int:
         """R, rows allocated: T*K."""
         return self.token_of_row.numel()
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names that errors give them."""
+        return {f"plan.{name}": t for name, t in zip(self._fields, self, strict=True)}
 
 
 def plan_dispatch(
@@ -91,10 +95,11 @@ def _plan_by_sorting(topk_indices: Tensor, num_experts: int) -> DispatchPlan:
     num_tokens, top_k = topk_indices.shape
     flat = topk_indices.reshape(-1)
     dropped = flat < 0
-    # Dropped assignments sort behind the last expert. int16 keys sort twice as fast on a CPU.
-    key = flat.masked_fill(dropped, num_experts)
+    # Dropped assignments sort behind the last expert. int16 keys sort twice as fast on a CPU, and
+    # int8 indices could not hold the mark.
     narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int32
-    key, order = torch.sort(key.to(narrow), stable=True)  # (R,)
+    key = flat.to(narrow).masked_fill(dropped, num_experts)
+    key, order = torch.sort(key, stable=True)  # (R,)
     # Not bincount: on a GPU it synchronises.
     experts = torch.arange(num_experts + 1, dtype=narrow, device=key.device)
     offsets = torch.searchsorted(key, experts)  # (E+1,)
@@ -108,8 +113,9 @@ def _plan_by_sorting(topk_indices: Tensor, num_experts: int) -> DispatchPlan:
 def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assigned: bool) -> Tensor:
     """out[t] = sum_k weights[t, k] * rows[row_of[t, k]]; a row_of of -1 adds nothing.
 
-    rows (R, D), of which those named in `row_of` are read; weights (T, K) or None for 1;
-    all_assigned: no row_of is -1. `embedding_bag` does it in one pass and accumulates in float32.
+    rows (R, D), of which those named in `row_of` are read; weights (T, K), rounded to the dtype of
+    `rows` first, or None for 1; all_assigned: no row_of is -1. `embedding_bag` does it in one pass
+    and accumulates in float32.
     """
     if rows.shape[0] == 0 or row_of.numel() == 0:
         return rows.new_zeros(row_of.shape[0], rows.shape[1])
@@ -130,13 +136,14 @@ def weights_by_row(row_of: Tensor, topk_weights: Tensor) -> Tensor:
     return by_row.scatter_(0, row.reshape(-1), topk_weights.reshape(-1))[:-1]
 
 
-def rows_in_use(plan: DispatchPlan) -> int:
+def rows_in_use_bound(plan: DispatchPlan) -> int:
     """Rows that belong to an expert; on a GPU a bound, R, since it must not wait for the number."""
     if plan.expert_offsets.device.type != "cpu":
         return plan.num_rows
     return int(plan.expert_offsets[-1])
 
 
+# The backward passes of both are plain tensor operations, which can be differentiated again.
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan):
@@ -160,22 +167,33 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx, grad_out):
         rows, topk_weights = ctx.saved_tensors
         plan = ctx.plan
-        used = rows_in_use(plan)
+        grad_rows = grad_weights = None
         grad_of_row = grad_out.index_select(0, plan.token_of_row)  # (R, D)
-        grad_weight_of_row = topk_weights.new_zeros(plan.num_rows)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        products = grad_of_row[:used].to(wide) * rows[:used].to(wide)
-        grad_weight_of_row[:used] = products.sum(-1).to(topk_weights.dtype)
-        by_row = weights_by_row(plan.row_of, topk_weights).to(rows.dtype)
-        # Rows of which only a GPU knows that they are unused: no assignment takes their sum.
-        grad_weights = grad_weight_of_row[plan.row_of.clamp(min=0)]
-        grad_weights = grad_weights.masked_fill(plan.row_of < 0, 0)
-        return grad_of_row * by_row.unsqueeze(-1), None, grad_weights
+        if ctx.needs_input_grad[0]:
+            by_row = weights_by_row(plan.row_of, topk_weights).to(rows.dtype)
+            grad_rows = grad_of_row * by_row.unsqueeze(-1)
+        if ctx.needs_input_grad[2]:
+            grad_weights = _grad_weights(grad_of_row, rows, topk_weights, plan)
+        return grad_rows, None, grad_weights
+
+
+def _grad_weights(
+    grad_of_row: Tensor, rows: Tensor, topk_weights: Tensor, plan: DispatchPlan
+) -> Tensor:
+    """(T, K) <grad_of_row[r], rows[r]> at the row r of each assignment, 0 where there is none."""
+    used = rows_in_use_bound(plan)
+    grad_weight_of_row = topk_weights.new_zeros(plan.num_rows)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    products = grad_of_row[:used].to(wide) * rows[:used].to(wide)
+    grad_weight_of_row[:used] = products.sum(-1).to(topk_weights.dtype)
+    # Rows of which only a GPU knows that they are unused: no assignment takes their sum.
+    grad_weights = grad_weight_of_row[plan.row_of.clamp(min=0)]
+    return grad_weights.masked_fill(plan.row_of < 0, 0)
 
 
 def _full(plan: DispatchPlan) -> bool:
     """Whether every row is known to be in use."""
-    return plan.expert_offsets.device.type == "cpu" and rows_in_use(plan) == plan.num_rows
+    return plan.expert_offsets.device.type == "cpu" and rows_in_use_bound(plan) == plan.num_rows
 
 
 def permute(x: Tensor, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
@@ -188,9 +206,10 @@ def permute(x: Tensor, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
     Returns:
         (R, D), dtype of `x`. Rows from `plan.expert_offsets[-1]` on are unused; do not read them.
     Raises:
-        ValueError: if `x` has not as many tokens as the plan.
+        ValueError: if `x` has not as many tokens as the plan, or lies on another device.
     """
     check_shape("permute", "x", x, (plan.row_of.shape[0], None))
+    check_same_device("permute", x=x, **plan.named())
     if resolve_backend("permute", backend, x, has_triton=True) == "triton":
         from kernels.dispatch_triton import permute_op
 
@@ -203,7 +222,8 @@ def unpermute(
 ) -> Tensor:
     """Sum each token's expert outputs, weighted by its router: the reverse of `permute`.
 
-    out[t] = sum_k topk_weights[t, k] * rows[plan.row_of[t, k]], accumulated in float32.
+    out[t] = sum_k topk_weights[t, k] * rows[plan.row_of[t, k]], accumulated in float32. PyTorch's
+    body rounds `topk_weights` to the dtype of `rows` first.
 
     Args:
         rows: (R, D) expert outputs, sorted by expert.
@@ -213,12 +233,13 @@ def unpermute(
     Returns:
         (T, D), dtype of `rows`.
     Raises:
-        ValueError: if `rows` has not `plan.num_rows` rows, or `topk_weights` another shape than
-            `plan.row_of`.
+        ValueError: if `rows` has not `plan.num_rows` rows, `topk_weights` another shape than
+            `plan.row_of`, or they lie on different devices.
     Source: Gale et al., MegaBlocks, arXiv 2211.15841, section 5.2.
     """
     check_shape("unpermute", "rows", rows, (plan.num_rows, None))
     check_shape("unpermute", "topk_weights", topk_weights, tuple(plan.row_of.shape))
+    check_same_device("unpermute", rows=rows, topk_weights=topk_weights, **plan.named())
     if resolve_backend("unpermute", backend, rows, has_triton=True) == "triton":
         from kernels.dispatch_triton import unpermute_op
 
@@ -229,16 +250,17 @@ def unpermute(
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """The plan against a stable sort, and the weighted sum against indexing and `sum`."""
     shapes = ((4096, 256, 16, 4), (32768, 2048, 128, 8), (32768, 2048, 64, 8))
-    return [
-        CaseBuilder(
-            f"{what} {'T{} D{} E{} K{}'.format(*shape)}", partial(build, shape, dtype, device)
-        )
-        for shape in shapes
-        for what, build in (("plan", _plan_case), ("combine", _combine_case))
-    ]
+    builders = []
+    for shape in shapes:
+        for what, build in (("plan", _plan_case), ("combine", _combine_case)):
+            name = "{} T{} D{} E{} K{}".format(what, *shape)
+            builders.append(CaseBuilder(name, partial(build, name, shape, dtype, device)))
+    return builders
 
 
-def _plan_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _plan_case(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     num_tokens, _, num_experts, top_k = shape
     torch.manual_seed(0)
     indices = torch.rand(num_tokens, num_experts, device=device).argsort(1)[:, :top_k]
@@ -247,7 +269,7 @@ def _plan_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
         return torch.sort(indices.reshape(-1), stable=True).indices // top_k
 
     return Case(
-        name="plan T{} D{} E{} K{}".format(*shape),
+        name=name,
         ours=lambda backend: plan_dispatch(indices, num_experts, backend=backend).token_of_row,
         leaves=(),
         reference=sort,
@@ -257,7 +279,9 @@ def _plan_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
     )
 
 
-def _combine_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _combine_case(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     num_tokens, hidden, num_experts, top_k = shape
     torch.manual_seed(0)
     indices = torch.rand(num_tokens, num_experts, device=device).argsort(1)[:, :top_k]
@@ -270,7 +294,7 @@ def _combine_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: 
         return (rows[plan.row_of].to(wide) * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
 
     return Case(
-        name="combine T{} D{} E{} K{}".format(*shape),
+        name=name,
         ours=lambda rows, weights, backend: unpermute(rows, plan, weights, backend=backend),
         leaves=(rows, weights),
         reference=indexed,

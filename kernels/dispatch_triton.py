@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot import AotCase
-from kernels.launch import MATMUL_DTYPES
+from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile
 
 PLAN_TILE = Tile({"BLOCK": 128}, num_warps=8, num_stages=1)
@@ -195,10 +195,11 @@ def plan_dispatch_op(
     tokens_per_expert, offsets, token_of_row, row_of = _empty_plan(index, num_experts)
     sizes = index.numel(), num_experts, num_tiles
     options = {"BINS": bins, **PLAN_TILE.options()}
-    _count_kernel[(num_tiles,)](index, counts, *sizes, **options)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    tensors = index, ends, tokens_per_expert, offsets, token_of_row, row_of
-    _place_kernel[(num_tiles,)](*tensors, *sizes, max(index.shape[1], 1), **options)
+    with on_device_of(index):
+        _count_kernel[(num_tiles,)](index, counts, *sizes, **options)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        tensors = index, ends, tokens_per_expert, offsets, token_of_row, row_of
+        _place_kernel[(num_tiles,)](*tensors, *sizes, max(index.shape[1], 1), **options)
     return tokens_per_expert, offsets, token_of_row, row_of
 
 
@@ -237,7 +238,8 @@ def permute_op(x: Tensor, token_of_row: Tensor, row_of: Tensor) -> Tensor:
     tile = _row_tile(size)
     if rows.numel():
         grid = _row_grid(num_rows, size, tile)
-        _gather_kernel[grid](x, token_of_row, rows, num_rows, size, **tile.options())
+        with on_device_of(x):
+            _gather_kernel[grid](x, token_of_row, rows, num_rows, size, **tile.options())
     return rows
 
 
@@ -249,7 +251,8 @@ def _(x, token_of_row, row_of):
 @torch.library.custom_op("sparse_moe_lm::permute_backward", mutates_args=())
 def permute_backward_op(grad_rows: Tensor, row_of: Tensor) -> Tensor:
     """Gradient (T, D) of the tokens."""
-    return gather_sum(grad_rows.contiguous(), row_of.contiguous(), None)
+    with on_device_of(grad_rows):
+        return gather_sum(grad_rows.contiguous(), row_of.contiguous(), None)
 
 
 @permute_backward_op.register_fake
@@ -273,7 +276,8 @@ def unpermute_op(
     rows: Tensor, weights: Tensor, expert_offsets: Tensor, token_of_row: Tensor, row_of: Tensor
 ) -> Tensor:
     """out (T, D) of rows (R, D) and weights (T, K)."""
-    return gather_sum(rows, row_of.contiguous(), weights)
+    with on_device_of(rows):
+        return gather_sum(rows, row_of.contiguous(), weights)
 
 
 @unpermute_op.register_fake
@@ -295,22 +299,13 @@ def unpermute_backward_op(
     grad_rows, grad_weights = torch.empty_like(rows), torch.zeros_like(weights)
     tile = _row_tile(size)
     if num_rows:
-        _unpermute_backward_kernel[_row_grid(num_rows, size, tile)[:1]](
-            grad.contiguous(),
-            rows,
-            expert_offsets,
-            token_of_row,
-            row_of.contiguous(),
-            weights,
-            grad_rows,
-            grad_weights,
-            num_rows,
-            expert_offsets.numel() - 1,
-            size,
-            TOP_K=top_k,
-            SLOTS=triton.next_power_of_2(top_k),
-            **tile.options(),
-        )
+        grid = _row_grid(num_rows, size, tile)[:1]
+        plan = expert_offsets, token_of_row, row_of.contiguous()
+        tensors = grad.contiguous(), rows, *plan, weights, grad_rows, grad_weights
+        sizes = num_rows, expert_offsets.numel() - 1, size
+        slots = {"TOP_K": top_k, "SLOTS": triton.next_power_of_2(top_k)}
+        with on_device_of(grad):
+            _unpermute_backward_kernel[grid](*tensors, *sizes, **slots, **tile.options())
     return grad_rows, grad_weights
 
 
@@ -324,8 +319,10 @@ def _save_unpermute(ctx, inputs, output):
 
 
 def _backward_unpermute(ctx, grad):
-    grad_rows, grad_weights = unpermute_backward_op(grad, *ctx.saved_tensors)
-    return grad_rows, grad_weights, None, None, None
+    # One kernel makes both; what nobody needs is at least not handed on.
+    grads = unpermute_backward_op(grad, *ctx.saved_tensors)
+    needed = (g if needs else None for g, needs in zip(grads, ctx.needs_input_grad, strict=False))
+    return *needed, None, None, None
 
 
 unpermute_op.register_autograd(_backward_unpermute, setup_context=_save_unpermute)

@@ -5,8 +5,8 @@
 Rows behind the last offset are unused: never read, and 0 in the output.
 """
 
+import functools
 import itertools
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from kernels.launch import (
     check_same_device,
     check_shape,
     compute_dtype,
+    first_derivative_only,
     no_autocast,
     resolve_backend,
 )
@@ -132,19 +133,26 @@ class _GroupedMatmul(torch.autograd.Function):
         return take_rows(out, layout, rows.shape[0])
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad_out):
         x, w = ctx.saved_tensors
         rows_dtype, weight_dtype = ctx.dtypes
         grad_out = place_rows(grad_out.contiguous(), ctx.layout)
-        grad_rows = torch.empty_like(x)
-        grad_weight = torch.empty_like(w, dtype=weight_dtype)
-        zero_idle_experts(ctx.layout, grad_weight)
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.empty_like(x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(w, dtype=weight_dtype)
+            zero_idle_experts(ctx.layout, grad_weight)
         for e, first, _, stop in ctx.layout.spans:
             g = grad_out[first:stop]
-            matmul(g, w[e], out=grad_rows[first:stop])
-            matmul(g.T, x[first:stop], out=grad_weight[e])
-        grad_rows = take_rows(grad_rows, ctx.layout, ctx.num_rows)
-        return grad_rows.to(rows_dtype), grad_weight, None, None
+            if grad_rows is not None:
+                matmul(g, w[e], out=grad_rows[first:stop])
+            if grad_weight is not None:
+                matmul(g.T, x[first:stop], out=grad_weight[e])
+        if grad_rows is not None:
+            grad_rows = take_rows(grad_rows, ctx.layout, ctx.num_rows).to(rows_dtype)
+        return grad_rows, grad_weight, None, None
 
 
 def grouped_matmul(
@@ -181,14 +189,14 @@ def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Forward and backward against `F.grouped_mm`."""
     shapes = ((4096, 256, 512, 8), (32768, 512, 512, 64), (65536, 2048, 768, 128))
     return [
-        CaseBuilder(
-            "R{} D{} N{} E{}".format(*shape), partial(_benchmark_case, shape, dtype, device)
-        )
-        for shape in shapes
+        CaseBuilder(name, functools.partial(_benchmark_case, name, shape, dtype, device))
+        for name, shape in (("R{} D{} N{} E{}".format(*shape), shape) for shape in shapes)
     ]
 
 
-def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Case:
+def _benchmark_case(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Case:
     num_rows, d_in, d_out, num_experts = shape
     torch.manual_seed(0)
     x = leaf(num_rows, d_in, dtype=dtype, device=device)
@@ -207,7 +215,7 @@ def _benchmark_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device
         return torch.cat([part @ matrix.T for part, matrix in pairs])
 
     return Case(
-        name="R{} D{} N{} E{}".format(*shape),
+        name=name,
         ours=lambda x, weight, backend: grouped_matmul(x, weight, offsets, backend=backend),
         leaves=(x, weight),
         reference=loop,

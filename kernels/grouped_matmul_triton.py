@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot import AotCase
-from kernels.tiles import Tile, choose_tile, load_tiles
+from kernels.aot import ARCHITECTURES, AotCase
+from kernels.launch import first_derivative_only, on_device_of
+from kernels.tiles import Tile, choose_tile, tiles_of
 
 # Elements that a program of the map compares: tiles times experts.
 MAP_ELEMENTS = 16384
@@ -277,7 +278,9 @@ class Groups:
         return choose_tile(kernel, rows.device, rows.dtype, self.rows_per_expert)
 
 
-def linear(rows: Tensor, weight: Tensor, groups: Groups, scale: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    rows: Tensor, weight: Tensor, groups: Groups, scale: Tensor | None = None
+) -> Tensor:
     """out[r] = scale[r] weight[e] @ rows[r] (R, N) of weight (E, N, K); 0 in unused rows."""
     size_n, size_k = weight.shape[1:]
     out = rows.new_empty(rows.shape[0], size_n)
@@ -346,7 +349,8 @@ def grouped_matmul_op(
     """(R, D_out) of rows (R, D_in); `cast_weight` is `weight` in the dtype of `rows`, None if it is
     in it: the gradient is then that of `weight`, in its own dtype, without another rounding."""
     matrices = weight if cast_weight is None else cast_weight
-    return linear(rows, matrices, Groups(expert_offsets, rows.shape[0]))
+    with on_device_of(rows):
+        return grouped_linear(rows, matrices, Groups(expert_offsets, rows.shape[0]))
 
 
 @grouped_matmul_op.register_fake
@@ -356,17 +360,30 @@ def _(rows, weight, cast_weight, expert_offsets):
 
 @torch.library.custom_op("sparse_moe_lm::grouped_matmul_backward", mutates_args=())
 def grouped_matmul_backward_op(
-    grad: Tensor, rows: Tensor, matrices: Tensor, expert_offsets: Tensor, dtype: torch.dtype
+    grad: Tensor,
+    rows: Tensor,
+    matrices: Tensor,
+    expert_offsets: Tensor,
+    dtype: torch.dtype,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of rows (R, D_in), 0 where unused, and of the matrices (E, D_out, D_in)."""
+    """Gradients of rows (R, D_in), 0 where unused, and of the matrices (E, D_out, D_in); empty
+    for that of the two that `needs` leaves out."""
     groups, grad = Groups(expert_offsets, rows.shape[0]), grad.contiguous()
-    (grad_weight,) = weight_grads(grad, rows, groups, dtype)
-    return transposed(grad, (matrices,), groups), grad_weight
+    grad_rows, grad_weight = rows.new_empty(0), rows.new_empty(0, dtype=dtype)
+    with on_device_of(grad):
+        if needs[0]:
+            grad_rows = transposed(grad, (matrices,), groups)
+        if needs[1]:
+            (grad_weight,) = weight_grads(grad, rows, groups, dtype)
+    return grad_rows, grad_weight
 
 
 @grouped_matmul_backward_op.register_fake
-def _(grad, rows, matrices, expert_offsets, dtype):
-    return torch.empty_like(rows), torch.empty_like(matrices, dtype=dtype)
+def _(grad, rows, matrices, expert_offsets, dtype, needs):
+    grad_rows = torch.empty_like(rows) if needs[0] else rows.new_empty(0)
+    shape = matrices.shape if needs[1] else (0,)
+    return grad_rows, rows.new_empty(shape, dtype=dtype)
 
 
 def _save(ctx, inputs, output):
@@ -375,9 +392,11 @@ def _save(ctx, inputs, output):
     ctx.weight_dtype = weight.dtype
 
 
+@first_derivative_only
 def _backward(ctx, grad):
-    grads = grouped_matmul_backward_op(grad, *ctx.saved_tensors, ctx.weight_dtype)
-    return *grads, None, None
+    needs = list(ctx.needs_input_grad[:2])
+    grads = grouped_matmul_backward_op(grad, *ctx.saved_tensors, ctx.weight_dtype, needs)
+    return *(g if n else None for g, n in zip(grads, needs, strict=True)), None, None
 
 
 grouped_matmul_op.register_autograd(_backward, setup_context=_save)
@@ -385,9 +404,9 @@ grouped_matmul_op.register_autograd(_backward, setup_context=_save)
 
 def shipped_tiles(kernel: str) -> Iterator[tuple[str, torch.dtype, Tile]]:
     """(architecture, dtype, tile) of every entry of the table that a chip runs."""
-    for arch, by_dtype in load_tiles()[kernel].items():
-        for name, by_size in by_dtype.items():
-            for tile in by_size.values() if arch != "interpreter" else ():
+    for arch in ARCHITECTURES:
+        for name, by_size in tiles_of(kernel, arch).items():
+            for tile in by_size.values():
                 yield arch, getattr(torch, name), tile
 
 

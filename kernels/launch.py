@@ -6,9 +6,12 @@ there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on CPU
 """
 
 import ctypes
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -77,6 +80,24 @@ def no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which Triton launches on the GPU of `x`, not on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse `create_graph=True`: a backward pass that fills buffers would be cut from the graph.
+
+    PyTorch's `once_differentiable` puts an error there which nothing meets that asks, with
+    `torch.autograd.grad`, for the gradients of leaves alone: they would be wrong without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "gradients of this kernel cannot be differentiated again: drop create_graph=True"
+            )
+        return backward(ctx, *grads)
+
+    return wrapper
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

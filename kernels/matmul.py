@@ -12,10 +12,9 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_same_device, check_shape
+from kernels.launch import check_same_device, check_shape, first_derivative_only
 
 # Multiplications, from which oneDNN is the faster one.
 MIN_MULTIPLICATIONS = 1 << 22
@@ -71,7 +70,7 @@ class _Linear(torch.autograd.Function):
         return matmul(x, weight.T)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_y):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
@@ -19,6 +18,7 @@ from kernels.launch import (
     check_same_device,
     check_shape,
     compute_dtype,
+    first_derivative_only,
     no_autocast,
     resolve_backend,
 )
@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.to(dtype).view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_y):
         x, weight, inverse = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1]).to(inverse.dtype)

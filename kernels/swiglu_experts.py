@@ -15,9 +15,13 @@ What is saved, per row:
     save="xh"    gate and up (2F), the default
     save="xha"   gate, up and a (3F)
 
+Where the matmuls have another dtype than the weights (autocast from float32), the cast copies of
+w1, w2 and w3 are kept too, until the backward pass.
+
 Rows, T, K, R as in the data map of `kernels.dispatch`.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,6 +42,7 @@ from kernels.launch import (
     check_same_device,
     check_shape,
     compute_dtype,
+    first_derivative_only,
     no_autocast,
     resolve_backend,
 )
@@ -54,6 +59,16 @@ class _Options(NamedTuple):
     clamp: float | None
     save: str
     dtype: torch.dtype
+
+
+class _Needs(NamedTuple):
+    """Which gradients the backward pass is asked for."""
+
+    x: bool
+    w1: bool
+    w2: bool
+    w3: bool
+    scale: bool
 
 
 class _Weights(NamedTuple):
@@ -131,23 +146,36 @@ def _forward_rows(
     return y, (None if options.save == "x" else h, kept_a)
 
 
-def _backward_rows(grad_y, x_rows, weights, scale, kept, spans, options, weight_dtype):
+def _backward_rows(
+    grad_y: Tensor,
+    x_rows: Tensor,
+    weights: _Weights,
+    scale: Tensor,
+    kept: tuple[Tensor | None, Tensor | None],
+    spans: list[Span],
+    options: _Options,
+    weight_dtype: torch.dtype,
+    needs: _Needs,
+) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
     grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights;
-    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3;
-    those of unused rows are undefined.
+    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3, None
+    where they are not needed; those of unused rows are undefined.
     """
     h, kept_a = kept
     if h is None:
         h = _up_projection(x_rows, weights, spans)
     num_experts, _, inner = weights.down.shape
-    grad_x = torch.empty_like(x_rows)
+    grad_x = torch.empty_like(x_rows) if needs.x else None
     wide = torch.promote_types(grad_y.dtype, torch.float32)
-    grad_scale = grad_y.new_empty(x_rows.shape[0], dtype=wide)
+    grad_scale = grad_y.new_empty(x_rows.shape[0], dtype=wide) if needs.scale else None
     shape = (num_experts, inner, x_rows.shape[1])
-    grad_w1, grad_w3 = (x_rows.new_empty(shape, dtype=weight_dtype) for _ in range(2))
-    grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype)
+    grad_w1, grad_w3 = (
+        x_rows.new_empty(shape, dtype=weight_dtype) if needed else None
+        for needed in (needs.w1, needs.w3)
+    )
+    grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
     for group in _groups(spans, inner):
         start, rows = group[0].first, slice(group[0].first, group[-1].stop)
         activated, gate, up = _swiglu(h[:, rows], options.clamp)
@@ -156,21 +184,27 @@ def _backward_rows(grad_y, x_rows, weights, scale, kept, spans, options, weight_
         for e, first, _, stop in group:
             matmul(grad_y[first:stop], weights.down[e], out=grad_a[first - start : stop - start])
         # grad_a is that of y before the combine weight until here, and with it from here on.
-        grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
+        if grad_scale is not None:
+            grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
         s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
         grad_a, g = grad_a.mul_(s), grad_y[rows] * s
         grad_h = _swiglu_backward(grad_a, activated, gate, up, h[:, rows], options.clamp)
+        parts = list(zip(_gate_and_up(grad_h), (grad_w1, grad_w3), strict=True))
         for e, first, _, stop in group:
             local, x = slice(first - start, stop - start), x_rows[first:stop]
-            matmul(grad_h[0, local], weights.up[0][e], out=grad_x[first:stop])
-            if len(weights.up) == 1:
+            if grad_x is not None:
+                matmul(grad_h[0, local], weights.up[0][e], out=grad_x[first:stop])
+                if len(weights.up) == 2:
+                    grad_x[first:stop] += matmul(grad_h[1, local], weights.up[1][e])
+            if len(weights.up) == 1 and grad_w1 is not None and grad_w3 is not None:
                 both = matmul(grad_h[0, local].T, x)  # (2F, D)
                 grad_w1[e], grad_w3[e] = both[:inner], both[inner:]
             else:
-                grad_x[first:stop] += matmul(grad_h[1, local], weights.up[1][e])
-                matmul(grad_h[0, local].T, x, out=grad_w1[e])
-                matmul(grad_h[1, local].T, x, out=grad_w3[e])
-            matmul(g[local].T, a[local], out=grad_w2[e])
+                for part, grad_w in parts:
+                    if grad_w is not None:
+                        matmul(part[local].T, x, out=grad_w[e])
+            if grad_w2 is not None:
+                matmul(g[local].T, a[local], out=grad_w2[e])
     return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
 
 
@@ -207,9 +241,11 @@ class _SwigluExpertsSorted(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad_y):
         x_rows, scale, h, a, down, *up = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
+        needs = _Needs(*ctx.needs_input_grad[:5])
         grad_x, grad_scale, *grad_weights = _backward_rows(
             place_rows(grad_y.contiguous(), ctx.layout),
             x_rows,
@@ -219,10 +255,13 @@ class _SwigluExpertsSorted(torch.autograd.Function):
             ctx.layout.spans,
             ctx.options,
             w_dtype,
+            needs,
         )
-        zero_idle_experts(ctx.layout, *grad_weights)
-        grad_x = take_rows(grad_x, ctx.layout, scale.shape[0]).to(x_dtype)
-        grad_scale = take_rows(grad_scale, ctx.layout, scale.shape[0]).to(scale.dtype)
+        zero_idle_experts(ctx.layout, *(g for g in grad_weights if g is not None))
+        if grad_x is not None:
+            grad_x = take_rows(grad_x, ctx.layout, scale.shape[0]).to(x_dtype)
+        if grad_scale is not None:
+            grad_scale = take_rows(grad_scale, ctx.layout, scale.shape[0]).to(scale.dtype)
         return grad_x, *grad_weights, grad_scale, None, None
 
 
@@ -243,10 +282,12 @@ class _SwigluExperts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad_out):
         x, topk_weights, h, a, down, *up = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
+        needs = _Needs(*ctx.needs_input_grad[:5])
         grad_rows, grad_scale, *grad_weights = _backward_rows(
             _gather(grad_out.to(x.dtype), plan, layout),
             _gather(x, plan, layout),
@@ -256,13 +297,17 @@ class _SwigluExperts(torch.autograd.Function):
             layout.spans,
             ctx.options,
             w_dtype,
+            needs,
         )
-        zero_idle_experts(layout, *grad_weights)
+        zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
         row_of = _row_of(plan, layout)
-        everything = rows_in_use(layout) == plan.num_rows
-        grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
-        grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
-        grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
+        grad_x = grad_topk = None
+        if grad_rows is not None:
+            everything = rows_in_use(layout) == plan.num_rows
+            grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
+        if grad_scale is not None:
+            grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
+            grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
         return grad_x, *grad_weights, grad_topk, None, None
 
 
@@ -286,13 +331,28 @@ def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:
     return layout.position[plan.row_of.clamp(min=0)].masked_fill_(plan.row_of < 0, -1)
 
 
-def _check(op: str, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, save: str) -> None:
+def _check(
+    op: str,
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    others: Mapping[str, Tensor | None],
+    clamp: float | None,
+    save: str,
+) -> None:
+    w1, w2, w3 = weights
     check_shape(op, "w1", w1, (None, None, None))
     num_experts, inner, hidden = w1.shape
     check_shape(op, "w3", w3, (num_experts, inner, hidden))
     check_shape(op, "w2", w2, (num_experts, hidden, inner))
     check_shape(op, "x", x, (None, hidden))
-    check_same_device(op, x=x, w1=w1, w2=w2, w3=w3)
+    check_same_device(op, x=x, w1=w1, w2=w2, w3=w3, **others)
+    if not w1.dtype == w2.dtype == w3.dtype:
+        raise ValueError(
+            f"{op}: w1 ({w1.dtype}), w2 ({w2.dtype}) and w3 ({w3.dtype}) must have one dtype"
+        )
+    # Not `clamp <= 0`, which lets NaN pass.
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"{op}: clamp ({clamp}) must be above 0, or None for no clamp")
     if save not in SAVE:
         raise ValueError(f"{op}: save ({save!r}) must be one of {', '.join(SAVE)}")
 
@@ -316,16 +376,17 @@ def swiglu_experts(
         w1, w3: (E, F, D), gate and up. w2: (E, D, F), down. Laid out as in `nn.Linear`.
         plan: DispatchPlan of the same tokens.
         topk_weights: (T, K) combine weights; 0 where the plan has no assignment.
-        clamp: bound of gate and up before their product; None for none.
+        clamp: bound of gate and up before their product, above 0; None for none.
         save: what the backward pass keeps, see above.
         backend: `auto`, `triton` or `torch`.
     Returns:
         (T, D) in the dtype of the matmuls (autocast's, else that of `x`).
     Raises:
-        ValueError: if shapes or devices do not fit.
+        ValueError: if shapes, devices or the weights' dtypes do not fit, or `clamp` is not above 0.
     Source: Shazeer, GLU variants, arXiv 2002.05202; backward: SonicMoE, arXiv 2512.14080.
     """
-    _check("swiglu_experts", x, w1, w2, w3, save)
+    others = {"topk_weights": topk_weights, **plan.named()}
+    _check("swiglu_experts", x, (w1, w2, w3), others, clamp, save)
     check_shape("swiglu_experts", "plan.row_of", plan.row_of, tuple(topk_weights.shape))
     check_shape("swiglu_experts", "x", x, (plan.row_of.shape[0], None))
     check_shape("swiglu_experts", "plan.expert_offsets", plan.expert_offsets, (w1.shape[0] + 1,))
@@ -360,9 +421,10 @@ def swiglu_experts_sorted(
     Returns:
         (R, D) in the dtype of the matmuls (autocast's, else that of `rows`).
     Raises:
-        ValueError: if shapes or devices do not fit.
+        ValueError: if shapes, devices or the weights' dtypes do not fit, or `clamp` is not above 0.
     """
-    _check("swiglu_experts_sorted", rows, w1, w2, w3, save)
+    others = {"expert_offsets": expert_offsets, "scale": scale}
+    _check("swiglu_experts_sorted", rows, (w1, w2, w3), others, clamp, save)
     check_shape("swiglu_experts_sorted", "expert_offsets", expert_offsets, (w1.shape[0] + 1,))
     if scale is not None:
         check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))

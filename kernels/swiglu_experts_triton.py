@@ -26,14 +26,15 @@ from kernels.dispatch_triton import gather_sum
 from kernels.grouped_matmul_triton import (
     Groups,
     expert_layer_cases,
+    grouped_linear,
     in_units,
-    linear,
     matmul_cases,
     rows_of_tile,
     swizzle,
     transposed,
     weight_grads,
 )
+from kernels.launch import first_derivative_only, on_device_of
 from kernels.tiles import Tile
 
 
@@ -326,11 +327,12 @@ def swiglu_experts_op(
     """
     up, down, other = casts or (w1, w2, w3)
     groups = Groups(expert_offsets, x.shape[0] if token_of_row is None else token_of_row.numel())
-    h, a = _up(x, up, other, token_of_row, groups, clamp, keep_h="h" in keep, make_a=True)
-    if row_of is None:
-        out = linear(a, down, groups, scale)
-    else:
-        out = gather_sum(linear(a, down, groups), row_of, scale)  # (T, D)
+    with on_device_of(x):
+        h, a = _up(x, up, other, token_of_row, groups, clamp, keep_h="h" in keep, make_a=True)
+        if row_of is None:
+            out = grouped_linear(a, down, groups, scale)
+        else:
+            out = gather_sum(grouped_linear(a, down, groups), row_of, scale)  # (T, D)
     return out, x.new_empty(0) if h is None else h, a if "a" in keep else x.new_empty(0)
 
 
@@ -357,37 +359,57 @@ def swiglu_experts_backward_op(
     a: Tensor,
     clamp: float | None,
     dtype: torch.dtype,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w2, w3 (in `dtype`) and scale; empty without a scale."""
+    """Gradients of x, w1, w2, w3 (in `dtype`) and scale; empty for those of the five that `needs`
+    leaves out, but w1 and w3 get theirs together."""
     groups = Groups(expert_offsets, x.shape[0] if token_of_row is None else token_of_row.numel())
-    grad, kept_a = grad.contiguous(), a if a.numel() else None
-    kept_h = h
+    kept, rows = (h, a if a.numel() else None), (token_of_row, row_of)
+    with on_device_of(grad):
+        return _gradients(
+            grad.contiguous(), x, (w1, w2, w3), scale, kept, rows, groups, clamp, dtype, needs
+        )
+
+
+def _gradients(grad, x, matrices, scale, kept, rows, groups: Groups, clamp, dtype, needs):
+    (w1, w2, w3), (h, a), (token_of_row, row_of) = matrices, kept, rows
     if h.numel() == 0:
-        kept_h, _ = _up(x, w1, w3, token_of_row, groups, clamp, keep_h=True, make_a=False)
+        h, _ = _up(x, w1, w3, token_of_row, groups, clamp, keep_h=True, make_a=False)
     by_row = scale
     if row_of is not None and scale is not None:
         by_row = weights_by_row(row_of, scale)
-    scaled_a, grad_h, partial = _down_backward(
-        grad, w2, kept_h, kept_a, by_row, token_of_row, groups, clamp
-    )
-    (grad_w2,) = weight_grads(grad, scaled_a, groups, dtype, left_token=token_of_row)
+    scaled_a, grad_h, partial = _down_backward(grad, w2, h, a, by_row, token_of_row, groups, clamp)
+    grad_x, grad_scale = x.new_empty(0), x.new_empty(0)
+    # A tensor each: an operator must not return one twice.
+    grad_w1, grad_w2, grad_w3 = (x.new_empty(0, dtype=dtype) for _ in range(3))
+    if needs[2]:
+        (grad_w2,) = weight_grads(grad, scaled_a, groups, dtype, left_token=token_of_row)
     del scaled_a
-    grad_rows = transposed(grad_h, (w1, w3), groups)  # (R, D)
-    grad_x = grad_rows if row_of is None else gather_sum(grad_rows, row_of, None)
-    del grad_rows
-    grad_w1, grad_w3 = weight_grads(grad_h, x, groups, dtype, halves=2, right_token=token_of_row)
-    if scale is None:
-        return grad_x, grad_w1, grad_w2, grad_w3, x.new_empty(0)
-    return grad_x, grad_w1, grad_w2, grad_w3, _sum_partials(partial, scale, row_of, groups)
+    if needs[0]:
+        grad_rows = transposed(grad_h, (w1, w3), groups)  # (R, D)
+        grad_x = grad_rows if row_of is None else gather_sum(grad_rows, row_of, None)
+        del grad_rows
+    if needs[1] or needs[3]:
+        # One kernel makes both.
+        grad_w1, grad_w3 = weight_grads(
+            grad_h, x, groups, dtype, halves=2, right_token=token_of_row
+        )
+    if needs[4]:
+        grad_scale = _sum_partials(partial, scale, row_of, groups)
+    return grad_x, grad_w1, grad_w2, grad_w3, grad_scale
 
 
 @swiglu_experts_backward_op.register_fake
-def _(grad, x, w1, w2, w3, scale, offsets, token_of_row, row_of, h, a, clamp, dtype):
-    weights = (torch.empty_like(w, dtype=dtype) for w in (w1, w2, w3))
+def _(grad, x, w1, w2, w3, scale, offsets, token_of_row, row_of, h, a, clamp, dtype, needs):
+    both = needs[1] or needs[3]
+    weights = (
+        x.new_empty(w.shape if needed else (0,), dtype=dtype)
+        for w, needed in zip((w1, w2, w3), (both, needs[2], both), strict=True)
+    )
     return (
-        torch.empty_like(x),
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
         *weights,
-        x.new_empty(0) if scale is None else torch.empty_like(scale),
+        torch.empty_like(scale) if needs[4] else x.new_empty(0),
     )
 
 
@@ -399,13 +421,14 @@ def _save(ctx, inputs, output):
     ctx.clamp, ctx.dtype, ctx.num_casts = clamp, w1.dtype, len(casts)
 
 
+@first_derivative_only
 def _backward(ctx, grad, _grad_h, _grad_a):
     # Once: activation checkpointing unpacks them one time only.
-    saved = ctx.saved_tensors
-    *grads, grad_scale = swiglu_experts_backward_op(grad, *saved, ctx.clamp, ctx.dtype)
-    has_scale = saved[4] is not None
+    saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:5])
+    grads = swiglu_experts_backward_op(grad, *saved, ctx.clamp, ctx.dtype, needs)
+    needed = (g if needs_it else None for g, needs_it in zip(grads, needs, strict=True))
     plan = None, None, None
-    return *grads, grad_scale if has_scale else None, [None] * ctx.num_casts, *plan, None, None
+    return *needed, [None] * ctx.num_casts, *plan, None, None
 
 
 swiglu_experts_op.register_autograd(_backward, setup_context=_save)

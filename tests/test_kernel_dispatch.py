@@ -80,6 +80,15 @@ def test_plan_of_more_experts_than_int16_holds(num_experts):
     assert plan.tokens_per_expert.shape == (num_experts,)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_plan_of_more_experts_than_the_indices_dtype_holds(device, backend, dtype):
+    drops = dtype.is_signed
+    indices = torch.tensor([[1, -1 if drops else 2], [0, 1]], device=device).to(dtype)
+    plan = plan_dispatch(indices, 300, backend=backend)
+    assert plan.row_of.tolist() == [[1, -1 if drops else 3], [0, 2]]
+    assert plan.tokens_per_expert.tolist() == [1, 2, 0 if drops else 1] + [0] * 297
+
+
 def test_plan_of_noncontiguous_indices(device, backend):
     indices, _, num_experts = assignments("random", 63, device)
     strided = torch.stack([indices, indices.flip(0)], -1)[..., 0]
@@ -166,6 +175,37 @@ def test_gradcheck(case):
     used = used_rows(plan)
     assert torch.autograd.gradcheck(lambda x: permute(x, plan)[:used], [x])
     assert torch.autograd.gradcheck(lambda r, w: unpermute(r, plan, w), [rows, weights])
+    assert torch.autograd.gradgradcheck(lambda x: permute(x, plan)[:used], [x])
+    assert torch.autograd.gradgradcheck(lambda r, w: unpermute(r, plan, w), [rows, weights])
+
+
+def test_second_derivatives_by_the_kernels_are_refused(device):
+    pytest.importorskip("triton")
+    _, weights, plan = triton_plan("random", 9, device)
+    x, weights = leaves(randn(9, WIDTH, seed=1, device=device), weights)
+    rows = permute(x, plan, backend="triton")
+    (grad,) = torch.autograd.grad(rows.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), x)
+    out = unpermute(rows.detach(), plan, weights, backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), weights)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_unpermute_makes_no_gradient_of_what_is_frozen(device, backend, frozen, monkeypatch):
+    indices, weights, num_experts = assignments("dropped", 20, device)
+    plan = plan_dispatch(indices, num_experts, backend=backend)
+    ours_in = leaves(randn(plan.num_rows, WIDTH, seed=1, device=device), weights)
+    grad = randn(20, WIDTH, seed=2, device=device)
+    out = unpermute(ours_in[0], plan, ours_in[1], backend=backend)
+    whole = gradients(out, grad, *ours_in)
+    ours_in[frozen].requires_grad_(False)
+    out = unpermute(ours_in[0], plan, ours_in[1], backend=backend)
+    # What would make the frozen one's gradient in PyTorch's body.
+    monkeypatch.setattr(f"kernels.dispatch.{('weights_by_row', '_grad_weights')[frozen]}", None)
+    assert torch.equal(*gradients(out, grad, ours_in[1 - frozen]), whole[1 - frozen])
 
 
 @pytest.mark.parametrize("case", ["random", "dropped"])
@@ -255,6 +295,66 @@ def test_wrong_inputs_are_named():
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == message
+
+
+def test_tensors_of_another_device_are_named():
+    plan = plan_dispatch(torch.tensor([[0, 1], [1, 2]]), 3)
+    ours, far = torch.zeros(4, 4), torch.zeros(4, 4, device="meta")
+    weights = torch.zeros(2, 2)
+    cases = [
+        (lambda: permute(far[:2], plan), "permute: tensors on different devices: x on meta, plan."),
+        (
+            lambda: permute(ours[:2], plan._replace(row_of=plan.row_of.to("meta"))),
+            "permute: tensors on different devices: x on cpu, plan.",
+        ),
+        (
+            lambda: unpermute(far, plan, weights),
+            "unpermute: tensors on different devices: rows on meta, topk_weights on cpu, plan.",
+        ),
+        (
+            lambda: unpermute(ours, plan, weights.to("meta")),
+            "unpermute: tensors on different devices: rows on cpu, topk_weights on meta, plan.",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value).startswith(message)
+
+
+def test_expert_kernels_launch_on_the_device_of_their_tensors(device, monkeypatch):
+    pytest.importorskip("triton")
+    from contextlib import nullcontext
+
+    from kernels import dispatch_triton, grouped_matmul_triton, swiglu_experts_triton
+    from kernels.grouped_matmul import grouped_matmul
+    from kernels.swiglu_experts import swiglu_experts
+
+    entered = []
+
+    def record(x):
+        entered.append(x.device)
+        return nullcontext()
+
+    for module in (dispatch_triton, grouped_matmul_triton, swiglu_experts_triton):
+        monkeypatch.setattr(module, "on_device_of", record)
+    _, weights, plan = triton_plan("random", 4, device)
+    assert entered == [plan.row_of.device]
+    x, stack, down = (
+        randn(*shape, seed=1, device=device).requires_grad_()
+        for shape in ((4, 8), (7, 8, 8), (7, 8, 8))
+    )
+    calls = [
+        lambda: permute(x, plan, backend="triton"),
+        lambda: unpermute(x[plan.token_of_row], plan, weights, backend="triton"),
+        lambda: grouped_matmul(x[plan.token_of_row], stack, plan.expert_offsets, backend="triton"),
+        lambda: swiglu_experts(x, stack, down, stack, plan, weights, backend="triton"),
+    ]
+    for call in calls:
+        entered.clear()
+        call().sum().backward()
+        # Once forward, once backward.
+        assert entered == [x.device] * 2
 
 
 def triton_plan(case, num_tokens, device):

@@ -135,6 +135,28 @@ def test_wrong_shapes_are_named():
         assert str(caught.value) == f"grouped_matmul: {message}"
 
 
+def test_second_derivatives_are_refused(device, backend):
+    rows, weight, offsets, _ = tensors("random", 9, device)
+    ours_in = leaves(rows, weight)
+    out = grouped_matmul(*ours_in, offsets, backend=backend)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.square().sum(), ours_in, create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_no_gradient_is_made_of_what_is_frozen(device, backend, frozen, monkeypatch):
+    rows, weight, offsets, grad = tensors("idle experts", 9, device)
+    ours_in = leaves(rows, weight)
+    whole = gradients(grouped_matmul(*ours_in, offsets, backend=backend), grad, *ours_in)
+    ours_in[frozen].requires_grad_(False)
+    out = grouped_matmul(*ours_in, offsets, backend=backend)
+    unused = {"torch": ["zero_idle_experts", "take_rows"], "triton": ["weight_grads", "transposed"]}
+    module = "kernels.grouped_matmul" + ("_triton" if backend == "triton" else "")
+    # What would make the frozen one's gradient.
+    monkeypatch.setattr(f"{module}.{unused[backend][1 - frozen]}", None)
+    assert torch.equal(*gradients(out, grad, ours_in[1 - frozen]), whole[1 - frozen])
+
+
 def tensors(case, num_tokens, device):
     """(rows, weight, offsets, gradient)."""
     _, offsets, num_rows, num_experts = expert_of_row(case, num_tokens, device)
@@ -148,8 +170,9 @@ def test_operators_are_registered_soundly(device):
     rows, weight, offsets, grad = tensors("dropped", 9, device)
     ours_in = leaves(rows, weight)
     torch.library.opcheck(triton.grouped_matmul_op, (*ours_in, None, offsets))
-    backward = grad, rows, weight, offsets, torch.float32
-    torch.library.opcheck(triton.grouped_matmul_backward_op, backward)
+    for needs in ([True, True], [False, True], [True, False]):
+        backward = grad, rows, weight, offsets, torch.float32, needs
+        torch.library.opcheck(triton.grouped_matmul_backward_op, backward)
 
 
 def test_compiled_graphs_hold_the_kernels_whole(device):
@@ -219,7 +242,7 @@ def test_matrices_beyond_32_bits(device):
     offsets[-1] = 2
     rows = randn(2, 512, seed=1, device=device).bfloat16()
     groups = triton.Groups(offsets, 2)
-    assert torch.equal(triton.linear(rows, far, groups), (rows.float() * 3).bfloat16())
+    assert torch.equal(triton.grouped_linear(rows, far, groups), (rows.float() * 3).bfloat16())
     assert torch.equal(triton.transposed(rows, (far,), groups), (rows.float() * 3).bfloat16())
 
 

@@ -126,9 +126,8 @@ def test_compiled_models_get_a_plain_linear_layer():
 
 def test_a_second_derivative_is_refused(always_onednn):
     x, weight = leaves(randn(512, 256, seed=1), randn(128, 256, seed=2))
-    (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        torch.autograd.grad(linear(x, weight).square().sum(), [x], create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,8 @@ def test_tensors_on_two_devices_are_named():
 def test_a_second_derivative_raises(device, backend):
     x, weight = leaves(randn(9, 17, seed=1, device=device), randn(17, seed=2, device=device))
     out = rms_norm(x, weight, backend=backend).square().sum()
-    grads = torch.autograd.grad(out, [x, weight], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
-        grads[0].square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"differentiated again|no autograd formula"):
+        torch.autograd.grad(out, [x, weight], create_graph=True)[0].square().sum().backward()
 
 
 def test_kernels_are_launched_on_the_device_of_x(device, monkeypatch):

@@ -341,6 +341,19 @@ def test_wrong_inputs_are_named():
             {"save": "y"},
             "save ('y') must be one of x, xh, xha",
         ),
+        (
+            (x.bfloat16(), w1.bfloat16(), w2, w3.bfloat16(), plan, weights),
+            {},
+            "w1 (torch.bfloat16), w2 (torch.float32) and w3 (torch.bfloat16) must have one dtype",
+        ),
+        *(
+            (
+                (x, w1, w2, w3, plan, weights),
+                {"clamp": clamp},
+                f"clamp ({clamp}) must be above 0, or None for no clamp",
+            )
+            for clamp in (-1.0, 0.0, float("nan"))
+        ),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError) as caught:
@@ -349,6 +362,124 @@ def test_wrong_inputs_are_named():
     with pytest.raises(ValueError) as caught:
         swiglu_experts_sorted(x, w1, w2, w3, plan.expert_offsets, scale=torch.ones(3))
     assert str(caught.value) == "swiglu_experts_sorted: scale has shape (3,), needs (2)"
+
+
+def test_tensors_of_another_device_are_named():
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 2, "cpu")
+    offsets = plan.expert_offsets
+    calls = {
+        "topk_weights": lambda far: swiglu_experts(x, w1, w2, w3, plan, far(weights)),
+        "plan.token_of_row": lambda far: swiglu_experts(
+            x, w1, w2, w3, plan._replace(token_of_row=far(plan.token_of_row)), weights
+        ),
+        "expert_offsets": lambda far: swiglu_experts_sorted(x, w1, w2, w3, far(offsets)),
+        "scale": lambda far: swiglu_experts_sorted(
+            x, w1, w2, w3, offsets, scale=far(torch.ones(2))
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"tensors on different devices: .*\b{name} on meta"):
+            call(lambda tensor: tensor.to("meta"))
+
+
+def sorted_layer(x, w1, w2, w3, weights, plan, backend):
+    """`swiglu_experts_sorted` of the same arguments, in the order of `NAMES`."""
+    rows, scale = x[plan.token_of_row], weights.flatten()
+    return swiglu_experts_sorted(
+        rows, w1, w2, w3, plan.expert_offsets, scale=scale, backend=backend
+    )
+
+
+def fused_layer(x, w1, w2, w3, weights, plan, backend):
+    return swiglu_experts(x, w1, w2, w3, plan, weights, backend=backend)
+
+
+@pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
+def test_second_derivatives_are_refused(device, backend, layer):
+    _, plan, tensors = inputs("random", 9, device)
+    ours_in = leaves(*tensors)
+    out = layer(*ours_in, plan, backend)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.sum(), ours_in, create_graph=True)
+
+
+FROZEN = [("w3",), ("w1",), ("w1", "w2", "w3"), ("x", "topk_weights"), ("x", "w1", "w3")]
+
+
+@pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
+def test_frozen_tensors_leave_the_other_gradients_as_they_are(
+    device, backend, layer, frozen, width
+):
+    if backend == "triton" and width > NARROW:
+        pytest.skip("the kernels have one layout")
+    _, plan, tensors = inputs("idle experts", 9, device, width=width)
+    ours_in = leaves(*tensors)
+    whole, some = {}, {}
+    for results, free in ((whole, NAMES), (some, [n for n in NAMES if n not in frozen])):
+        for name, tensor in zip(NAMES, ours_in, strict=True):
+            tensor.requires_grad_(name in free)
+        out = layer(*ours_in, plan, backend)
+        grad = randn(*out.shape, seed=5, device=device)
+        wanted = [t for t in ours_in if t.requires_grad]
+        results.update(zip(free, gradients(out, grad, *wanted), strict=True))
+    for name, actual in some.items():
+        assert_equals(actual, whole[name], name)
+
+
+@pytest.mark.parametrize("frozen", ["w1", "w3"])
+def test_half_a_stack_of_frozen_experts_goes_to_onednn(device, always_onednn, frozen):
+    _, plan, tensors = inputs("idle experts", 63, device)
+    ours_in = leaves(*tensors)
+    out = fused_layer(*ours_in, plan, "torch")
+    grad = randn(*out.shape, seed=5, device=device)
+    whole = gradients(out, grad, *ours_in)
+    ours_in[NAMES.index(frozen)].requires_grad_(False)
+    out = fused_layer(*ours_in, plan, "torch")
+    free = [t for t in ours_in if t.requires_grad]
+    for tensor, actual in zip(free, gradients(out, grad, *free), strict=True):
+        expected = next(g for t, g in zip(ours_in, whole, strict=True) if t is tensor)
+        assert_equals(actual, expected)
+
+
+@pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
+@pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
+def test_no_product_is_made_for_what_is_frozen(layer, width, monkeypatch):
+    from kernels import swiglu_experts as module
+
+    _, plan, tensors = inputs("all experts", 9, "cpu", width=width)
+    results, matmul = [], module.matmul
+
+    def record(a, b, out=None):
+        results.append((a.shape[0], b.shape[1]))
+        return matmul(a, b, out=out)
+
+    monkeypatch.setattr(module, "matmul", record)
+    w1, w2, w3 = (width, D), (D, width), (width, D)
+    for frozen, made in (
+        ((), {w1, w2} if width > NARROW else {(2 * width, D), w2}),
+        (("w3",), {w1, w2}),
+        (("w2",), {w3} if width > NARROW else {(2 * width, D)}),
+        (("w1", "w2", "w3"), set()),
+    ):
+        ours_in = leaves(*tensors)
+        for name, tensor in zip(NAMES, ours_in, strict=True):
+            tensor.requires_grad_(name not in frozen)
+        out = layer(*ours_in, plan, "torch")
+        results.clear()
+        out.sum().backward()
+        # 9 rows each; the others are gradients of matrices.
+        assert {shape for shape in results if shape[0] != 9} == made
+
+
+def test_kernels_make_no_gradient_of_frozen_experts(device, monkeypatch):
+    triton = pytest.importorskip("kernels.swiglu_experts_triton")
+    monkeypatch.setattr(triton, "weight_grads", None)
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 9, device)
+    (x,) = leaves(x)
+    swiglu_experts(x, w1, w2, w3, plan, weights, backend="triton").sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def as_op(tensors, plan, clamp, keep, casts=()):
@@ -368,7 +499,8 @@ def test_operators_are_registered_soundly(device):
     out, h, a = triton.swiglu_experts_op(*as_op(tensors, plan, None, "ha"))
     rows = plan.expert_offsets, plan.token_of_row, plan.row_of
     backward = out, x, w1, w2, w3, weights, *rows, h, a, None, torch.float32
-    torch.library.opcheck(triton.swiglu_experts_backward_op, backward)
+    for needs in ([True] * 5, [False, True, False, False, True], [True, False, True, False, False]):
+        torch.library.opcheck(triton.swiglu_experts_backward_op, (*backward, needs))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
