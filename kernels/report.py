@@ -75,8 +75,9 @@ def _time(facts: Mapping[str, Any] | None, ours: float | None = None) -> str:
         return ""
     if "both_ms" not in facts:
         return facts["wrong"]
-    share = "" if ours is None else f" ({ours / facts['both_ms']:.2f})"
-    return f"{facts['both_ms']:.3g} ms{share}"
+    time = facts["both_ms"]
+    share = "" if ours is None else f" ({ours / time:.2f})"
+    return f"{time:.0f} ms{share}" if time >= 1000 else f"{time:.3g} ms{share}"
 
 
 def _row(cells: Sequence[str]) -> str:
