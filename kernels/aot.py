@@ -80,8 +80,8 @@ class AotCase(NamedTuple):
 class Resources(NamedTuple):
     """registers of a thread; spills: instructions that move registers to memory and back;
     shared_memory: bytes; has_dot: whether the kernel multiplies matrices, itself or in a function
-    that it calls; matrix: matrix-unit instructions (wgmma on sm_90); wide_loads, loads: copies to
-    shared memory of 16 bytes, and all."""
+    that it calls; matrix: matrix-unit instructions (wgmma on sm_90); wide_loads, narrow_loads,
+    loads: from global memory, those of 16 bytes, of at most 2, and all."""
 
     registers: int
     spills: int
@@ -89,6 +89,7 @@ class Resources(NamedTuple):
     has_dot: bool
     matrix: int
     wide_loads: int
+    narrow_loads: int
     loads: int
 
 
@@ -137,8 +138,11 @@ def resources(compiled: Any, arch: str) -> Resources:
             return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", text))
 
         registers, spills = number("vgpr_count"), number("vgpr_spill_count")
-        wide, loads = text.count("global_load_dwordx4"), len(re.findall("global_load_", text))
-        return Resources(registers, spills, shared, has_dot, text.count("v_mfma"), wide, loads)
+        matrix = text.count("v_mfma")
+        wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+        narrow = len(re.findall(r"(?:global|buffer)_load_[us]?(?:byte|short)", text))
+        loads = len(re.findall(r"(?:global|buffer)_load_", text))
+        return Resources(registers, spills, shared, has_dot, matrix, wide, narrow, loads)
     import triton
 
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -158,10 +162,12 @@ def resources(compiled: Any, arch: str) -> Resources:
 
     assert usage is not None
     matrix = count("HGMMA") if arch == "sm_90" else count(r"\bHMMA")
-    wide = count(r"LDGSTS[^;]*\.128") + count(r"LDG\.E\.128") + count("UTMALDG")
-    loads = count("LDGSTS") + count(r"\bLDG\.") + count("UTMALDG")
+    copies = count("UTMALDG")  # by the copy engine, always wide
+    wide = count(r"\bLDG(?:STS)?\.[^;]*\.128") + copies
+    narrow = count(r"\bLDG\.[^;]*\.[US](?:8|16)\b")
+    loads = count(r"\bLDG(?:STS)?\.") + copies
     spills = count(r"\bSTL\b") + count(r"\bLDL\b")
-    return Resources(int(usage[1]), spills, shared, has_dot, matrix, wide, loads)
+    return Resources(int(usage[1]), spills, shared, has_dot, matrix, wide, narrow, loads)
 
 
 def operations() -> list[str]:

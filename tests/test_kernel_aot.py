@@ -53,6 +53,9 @@ def check(table):
             assert needed["spills"] == 0 or may_spill(label), (label, arch)
             if needed["has_dot"] and "bfloat16" in label:
                 assert needed["matrix"] > 0, (label, arch)
+                # Factors are read 16 bytes at a time; what is narrower is a number for each row.
+                element_by_element = needed["narrow_loads"] > 0 or needed["wide_loads"] == 0
+                assert element_by_element == ("UNIT=1 " in label), (label, arch)
 
 
 @pytest.mark.parametrize("op", operations())
@@ -97,7 +100,7 @@ def test_a_kernel_that_spills_or_exceeds_its_chip_is_refused(
     needed, allowed, status, tmp_path, monkeypatch, capsys
 ):
     """The table is written all the same."""
-    facts = Resources(64, 0, 1024, True, 8, 8, 8)._replace(**needed)
+    facts = Resources(64, 0, 1024, True, 8, 8, 0, 8)._replace(**needed)
     kernel = SimpleNamespace(__name__="kernel")
     case = AotCase(kernel, {"x_ptr": torch.bfloat16}, Tile({"BLOCK": 16}), spills=allowed)
     monkeypatch.setattr(aot, "cases_of", lambda op: [case])
