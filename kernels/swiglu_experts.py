@@ -7,14 +7,15 @@ For token t, its experts e = e(t, k) and combine weights s = topk_weights[t, k]:
 
 With a clamp c: gate = min(gate, c), up = clip(up, -c, c) before the product (DeepSeek-V4).
 
-The backward pass needs no y, and no gathered copy of x or of the output gradient g is saved
-(SonicMoE, arXiv 2512.14080): da' = w2[e]^T g_t, ds = <da', a> (= <g_t, y>), da = s da'.
+No gathered copy of x or of the output gradient g is saved, and on Triton no y
+(SonicMoE, arXiv 2512.14080): da' = w2[e]^T g_t, ds = <da', a> = <g_t, y>, da = s da'.
 What is saved, per row:
 
     save="x"     nothing: gate and up are computed again (about 22 % more work)
     save="xh"    gate and up (2F), the default
     save="xha"   gate, up and a (3F)
 
+and in PyTorch y too (D) if the combine weights take gradients: <g_t, y> costs less than <da', a>.
 Where the matmuls have another dtype than the weights (autocast from float32), the cast copies of
 w1, w2 and w3 are kept too, until the backward pass.
 
@@ -69,6 +70,15 @@ class _Needs(NamedTuple):
     w2: bool
     w3: bool
     scale: bool
+
+
+class _Kept(NamedTuple):
+    """What the forward pass leaves to the backward pass, None where it does not: H, a (R, F) and y
+    (R, D) of all rows."""
+
+    h: Tensor | None
+    a: Tensor | None
+    y: Tensor | None
 
 
 class _Weights(NamedTuple):
@@ -129,8 +139,8 @@ def _groups(spans: list[Span], inner: int) -> list[list[Span]]:
 
 def _forward_rows(
     x_rows: Tensor, weights: _Weights, spans: list[Span], options: _Options
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """y of all rows (R, D), unused ones undefined; H and a as far as they are kept."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y of all rows (R, D), unused ones undefined; H and a if they are kept."""
     h = _up_projection(x_rows, weights, spans)
     y = torch.empty_like(x_rows)
     inner = weights.down.shape[2]
@@ -143,7 +153,7 @@ def _forward_rows(
             matmul(a[first - start : stop - start], weights.down[e].T, out=y[first:stop])
         if kept_a is not None:
             kept_a[start : group[-1].stop] = a
-    return y, (None if options.save == "x" else h, kept_a)
+    return y, None if options.save == "x" else h, kept_a
 
 
 def _backward_rows(
@@ -151,7 +161,7 @@ def _backward_rows(
     x_rows: Tensor,
     weights: _Weights,
     scale: Tensor,
-    kept: tuple[Tensor | None, Tensor | None],
+    kept: _Kept,
     spans: list[Span],
     options: _Options,
     weight_dtype: torch.dtype,
@@ -163,9 +173,7 @@ def _backward_rows(
     both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) float32, w1, w2, w3, None
     where they are not needed; those of unused rows are undefined.
     """
-    h, kept_a = kept
-    if h is None:
-        h = _up_projection(x_rows, weights, spans)
+    h = _up_projection(x_rows, weights, spans) if kept.h is None else kept.h
     num_experts, _, inner = weights.down.shape
     grad_x = torch.empty_like(x_rows) if needs.x else None
     wide = torch.promote_types(grad_y.dtype, torch.float32)
@@ -178,16 +186,17 @@ def _backward_rows(
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
     for group in _groups(spans, inner):
         start, rows = group[0].first, slice(group[0].first, group[-1].stop)
+        g = grad_y[rows]
+        if grad_scale is not None:
+            assert kept.y is not None
+            grad_scale[rows] = torch.sum(g * kept.y[rows], -1, dtype=wide)
+        g = g * scale[rows].unsqueeze(-1).to(g.dtype)  # of y itself from here on
         activated, gate, up = _swiglu(h[:, rows], options.clamp)
-        a = activated * up if kept_a is None else kept_a[rows]  # (n, F)
+        a = activated * up if kept.a is None else kept.a[rows]  # (n, F)
         grad_a = torch.empty_like(a)
         for e, first, _, stop in group:
-            matmul(grad_y[first:stop], weights.down[e], out=grad_a[first - start : stop - start])
-        # grad_a is that of y before the combine weight until here, and with it from here on.
-        if grad_scale is not None:
-            grad_scale[rows] = torch.sum(grad_a * a, -1, dtype=wide)
-        s = scale[rows].unsqueeze(-1).to(grad_a.dtype)
-        grad_a, g = grad_a.mul_(s), grad_y[rows] * s
+            local = slice(first - start, stop - start)
+            matmul(g[local], weights.down[e], out=grad_a[local])
         grad_h = _swiglu_backward(grad_a, activated, gate, up, h[:, rows], options.clamp)
         parts = list(zip(_gate_and_up(grad_h), (grad_w1, grad_w3), strict=True))
         for e, first, _, stop in group:
@@ -233,8 +242,11 @@ class _SwigluExpertsSorted(torch.autograd.Function):
         layout = layout_rows(expert_offsets, num_rows, rows)
         weights = _cast_weights(w1, w2, w3, options.dtype)
         x_rows = place_rows(rows, layout)
-        y, kept = _forward_rows(x_rows, weights, layout.spans, options)
-        y, used = take_rows(y, layout, num_rows), rows_in_use(layout)
+        y_rows, h, a = _forward_rows(x_rows, weights, layout.spans, options)
+        y, used = take_rows(y_rows, layout, num_rows), rows_in_use(layout)
+        kept = _Kept(h, a, None)
+        if ctx.needs_input_grad[4]:
+            kept = kept._replace(y=y_rows.clone() if y is y_rows else y_rows)
         y[:used] *= scale[:used].unsqueeze(-1)
         ctx.save_for_backward(x_rows, scale, *kept, weights.down, *weights.up)
         ctx.layout, ctx.options = layout, options
@@ -243,7 +255,7 @@ class _SwigluExpertsSorted(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_y):
-        x_rows, scale, h, a, down, *up = ctx.saved_tensors
+        x_rows, scale, h, a, y, down, *up = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         needs = _Needs(*ctx.needs_input_grad[:5])
         grad_x, grad_scale, *grad_weights = _backward_rows(
@@ -251,7 +263,7 @@ class _SwigluExpertsSorted(torch.autograd.Function):
             x_rows,
             _Weights(up, down),
             place_rows(scale, ctx.layout),
-            (h, a),
+            _Kept(h, a, y),
             ctx.layout.spans,
             ctx.options,
             w_dtype,
@@ -273,10 +285,11 @@ class _SwigluExperts(torch.autograd.Function):
         ctx.dtypes, x = (x.dtype, w1.dtype), x.to(options.dtype)
         layout = layout_rows(plan.expert_offsets, plan.num_rows, x)
         weights = _cast_weights(w1, w2, w3, options.dtype)
-        y, kept = _forward_rows(_gather(x, plan, layout), weights, layout.spans, options)
+        y, h, a = _forward_rows(_gather(x, plan, layout), weights, layout.spans, options)
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
         out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
+        kept = _Kept(h, a, y if ctx.needs_input_grad[4] else None)
         ctx.save_for_backward(x, topk_weights, *kept, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options
         return out
@@ -284,7 +297,7 @@ class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_out):
-        x, topk_weights, h, a, down, *up = ctx.saved_tensors
+        x, topk_weights, h, a, y, down, *up = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
         needs = _Needs(*ctx.needs_input_grad[:5])
@@ -293,7 +306,7 @@ class _SwigluExperts(torch.autograd.Function):
             _gather(x, plan, layout),
             _Weights(up, down),
             place_rows(weights_by_row(plan.row_of, topk_weights), layout),
-            (h, a),
+            _Kept(h, a, y),
             layout.spans,
             ctx.options,
             w_dtype,

@@ -202,7 +202,8 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
         return kept + c * 4 * model.dense_intermediate_size
     moe = model.moe
     widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")]
-    kept += c * widths * moe.intermediate_size * model.top_k
+    # What the experts keep, and their outputs.
+    kept += c * (widths * moe.intermediate_size + model.hidden_size) * model.top_k
     kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
     # The router's: its input in float32, that times the noise and the noise, logits and
     # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
@@ -234,6 +235,7 @@ def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
     quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
     widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
+    widths += model.hidden_size
     return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)
 
 
