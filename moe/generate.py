@@ -83,6 +83,7 @@ def generate(
     end_of_text: int | None = None,
     generator: torch.Generator | None = None,
     stop: Callable[[], bool] = lambda: False,
+    agree: Callable[[Tensor], Tensor] = lambda chosen: chosen,
 ) -> Tensor:
     """Continue each row of `input_ids`.
 
@@ -98,6 +99,8 @@ def generate(
             every row has. One in the prompt does not count.
         generator: of the draws, on the model's device; None for PyTorch's global one.
         stop: asked before each token; True ends the text there.
+        agree: of many ranks that write the same text, makes the (B,) chosen tokens those of one:
+            an expert's rounding may differ between them, and all must run as many forwards.
     Returns:
         (B, S + new) with new <= max_new_tokens.
     Raises:
@@ -116,7 +119,8 @@ def generate(
                 break
             out = model(step, caches=caches)
             caches = out.caches
-            chosen = _next_tokens(out.logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+            chosen = _next_tokens(out.logits[:, -1], temperature, top_k, top_p, generator)
+            chosen = agree(chosen)  # (B,)
             if end_of_text is not None:
                 chosen = chosen.masked_fill(finished, end_of_text)
                 finished |= chosen == end_of_text

@@ -234,9 +234,9 @@ def test_losing_any_part_of_the_state_is_noticed(lost, tmp_path, monkeypatch):
         assert run(tmp_path / "run") == 143
     real = train.pretrain.restore
 
-    def restore(engine, found):
+    def restore(engine, found, seed):
         LOSSES[lost](found.tensors, monkeypatch)
-        return real(engine, found)
+        return real(engine, found, seed)
 
     monkeypatch.setattr(train.pretrain, "restore", restore)
     with Recorder() as second:

@@ -8,11 +8,12 @@ A checkpoint is written under a temporary name beside its place, each file and d
 and renamed; so under `step_...` there is only what was once complete.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,13 @@ from train.checkpoint_format import (
     check_groups,
     dump_state,
     load_checkpoint,
+    rank_group,
     render_manifest,
     safetensors_parts,
     step_of,
     verify_checkpoint,
 )
-from train.errors import CheckpointError, ConfigError, NoSpaceError
+from train.errors import CheckpointError, ConfigError, NoSpaceError, PeerError
 from train.run_directory import (
     MANIFEST,
     REPLACED,
@@ -49,14 +51,20 @@ from train.run_directory import (
 __all__ = [
     "Checkpoint",
     "RunLock",
+    "agreeing",
     "changed_settings",
     "find_checkpoint",
     "load_checkpoint",
+    "rank_group",
     "refuse_changes",
     "save_checkpoint",
     "verify_checkpoint",
 ]
 
+# Brings a value of each rank to all of them, in their order.
+Gather = Callable[[Any], list[Any]]
+# Size and SHA-256 of each file written.
+Files = dict[str, tuple[int, str]]
 # Room beyond the tensors themselves: headers, JSON and what the file system adds.
 _SPARE_BYTES = 1 << 20
 
@@ -72,8 +80,13 @@ def save_checkpoint(
     *,
     keep_last: int,
     warn: Callable[[str], None] = warnings.warn,
+    rank: int = 0,
+    gather: Gather = lambda value: [value],
 ) -> Path:
     """Store one checkpoint durably, then delete older ones beyond the newest `keep_last`.
+
+    Of many ranks each calls this with groups of its own (`rank_group`); rank 0 makes the directory
+    and commits what all have written.
 
     When this returns, the checkpoint survives kill -9 and a power cut. When it raises, the
     checkpoints that were there before are untouched. A checkpoint of the same step is replaced.
@@ -85,38 +98,70 @@ def save_checkpoint(
         state: what JSON can hold without loss: str keys, finite numbers, no NaN.
         keep_last: checkpoints to keep, >= 1.
         warn: told when old files could not be deleted, which does not spoil the new checkpoint.
+        rank, gather: this rank's number, and what brings a value of each rank to all of them.
     Returns:
         RUN/checkpoints/step_XXXXXXXX.
     Raises:
         ValueError: for values that cannot be stored as they are; the message names the place.
         NoSpaceError: the disk is full, or too full to begin.
         ConfigError: the directory cannot be written.
+        PeerError: one of these happened to another rank.
     """
     if step < 0 or keep_last < 1:
         raise ValueError(f"step ({step}) must be >= 0 and keep_last ({keep_last}) >= 1")
-    check_groups(tensors)
-    state_text = dump_state(state)
-    size = len(state_text) + sum(
-        t.numel() * t.element_size() for named in tensors.values() for t in named.values()
-    )
     directory = Path(run_dir) / "checkpoints"
     target = directory / f"step_{step:08d}"
     temporary = directory / (SAVING + target.name)
+    with agreeing(gather):
+        check_groups(tensors)
+        state_text = dump_state(state)
+    size = sum(gather(_size_of(tensors))) + len(state_text)
     takes = f"The checkpoint of step {step} takes {format_bytes(size)}; complete ones are intact."
-    with storage_errors(directory, takes):
-        make_directory(directory)
-        remove_leftovers(directory, warn)
-        _check_free_space(directory, step, size)
-        try:
-            os.mkdir(temporary)
-            _write_files(temporary, step, tensors, state_text)
-            _put_in_place(temporary, target, warn)
-        except BaseException:
+    try:
+        with agreeing(gather), storage_errors(directory, takes):
+            if rank == 0:
+                make_directory(directory)
+                remove_leftovers(directory, warn)
+                _check_free_space(directory, step, size)
+                os.mkdir(temporary)
+        with agreeing(gather), storage_errors(directory, takes):
+            files = _write_groups(temporary, tensors)
+        everyone = gather(files)
+        with agreeing(gather), storage_errors(directory, takes):
+            if rank == 0:
+                _commit(temporary, target, step, state_text, everyone, warn)
+                _prune(directory, keep_last, warn)
+    except BaseException:
+        if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        replace_file(directory / "latest", target.name + "\n")
-        _prune(directory, keep_last, warn)
+        raise
     return target
+
+
+@contextlib.contextmanager
+def agreeing(gather: Gather) -> Iterator[None]:
+    """A block that all ranks go through: where one fails, all do, and none waits for it.
+
+    Raises:
+        PeerError: on the ranks that did not fail themselves.
+    """
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    told = None if error is None else (str(error), getattr(error, "exit_code", 1))
+    others = gather(told)
+    if error is not None:
+        raise error
+    for number, said in enumerate(others):
+        if said is not None:
+            raise PeerError(f"rank {number}: {said[0]}", said[1])
+
+
+def _size_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    each = (tensor for named in tensors.values() for tensor in named.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in each)
 
 
 def _check_free_space(directory: Path, step: int, size: int) -> None:
@@ -130,16 +175,34 @@ def _check_free_space(directory: Path, step: int, size: int) -> None:
         )
 
 
-def _write_files(
-    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state_text: bytes
-) -> None:
+def _write_groups(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Files:
     files = {}
-    for group, named in tensors.items():
-        name = f"{group}.safetensors"
-        files[name] = write_durably(directory / name, safetensors_parts(named))
-    files[STATE] = write_durably(directory / STATE, [state_text])
-    write_durably(directory / MANIFEST, [render_manifest(step, files)])
-    sync_directory(directory)
+    try:
+        for group, named in tensors.items():
+            name = f"{group}.safetensors"
+            files[name] = write_durably(directory / name, safetensors_parts(named))
+    except OSError:
+        # Before the error is explained, which says how much is free.
+        for group in tensors:
+            (directory / f"{group}.safetensors").unlink(missing_ok=True)
+        raise
+    return files
+
+
+def _commit(
+    temporary: Path,
+    target: Path,
+    step: int,
+    state_text: bytes,
+    written: Iterable[Files],
+    warn: Callable[[str], None],
+) -> None:
+    files = {name: facts for each in written for name, facts in each.items()}
+    files[STATE] = write_durably(temporary / STATE, [state_text])
+    write_durably(temporary / MANIFEST, [render_manifest(step, files)])
+    sync_directory(temporary)
+    _put_in_place(temporary, target, warn)
+    replace_file(target.parent / "latest", target.name + "\n")
 
 
 def _put_in_place(temporary: Path, target: Path, warn: Callable[[str], None]) -> None:

@@ -25,11 +25,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.errors import CheckpointError
+from train.fragments import Fragment, assemble
 from train.run_directory import MANIFEST, REPLACED
 
 FORMAT = 1
+# Groups that ranks share out in fragments of their tensors.
+FRAGMENTED = ("model", "optimizer")
 STATE = "state.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})", re.ASCII)
+# A group of which each rank has written its own part.
+_RANK_PART = re.compile(r"(\w+)_rank_(\d{5})", re.ASCII)
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors|state\.json", re.ASCII)
 
@@ -50,7 +55,11 @@ _DTYPES = {
 
 
 class Checkpoint(NamedTuple):
-    """What `save_checkpoint` was given, on the CPU; tuples of the state have become lists."""
+    """What `save_checkpoint` was given, on the CPU; tuples of the state have become lists.
+
+    What ranks wrote in fragments is whole again. A group whose tensors belong to one rank each
+    keeps that rank's number in its name, see `rank_group`.
+    """
 
     path: Path
     step: int
@@ -71,7 +80,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest, problems = _inspect(path)
     if manifest is None:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for name in sorted(manifest["files"]):
         if name == STATE:
             continue
@@ -85,7 +94,50 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = _parse_json((path / STATE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {STATE}: {error}") from error
+    try:
+        shapes = {name: torch.Size(shape) for name, shape in state.get("shapes", {}).items()}
+        tensors = join_ranks(tensors, shapes)
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return Checkpoint(path, manifest["step"], tensors, state)
+
+
+def rank_group(group: str, rank: int) -> str:
+    """Name of one rank's part of a group."""
+    return f"{group}_rank_{rank:05d}"
+
+
+def join_ranks(
+    tensors: dict[str, dict[str, Tensor]], shapes: Mapping[str, torch.Size]
+) -> dict[str, dict[str, Tensor]]:
+    """The groups that ranks wrote in fragments, whole, under their own names.
+
+    Args: shapes: of the weights; moments have those of theirs.
+    Raises:
+        CheckpointError: if the fragments of a tensor do not cover it exactly once.
+    """
+    joined: dict[str, dict[str, Tensor]] = {}
+    fragments: dict[str, list[Fragment]] = {}
+    for part, named in tensors.items():
+        match = _RANK_PART.fullmatch(part)
+        if match is None or match[1] not in FRAGMENTED:
+            joined[part] = named
+            continue
+        group = joined.setdefault(match[1], {})
+        for key, values in named.items():
+            name, found, start = key.rpartition("@")
+            if found:
+                fragment = Fragment(name, int(start), values)
+                fragments.setdefault(match[1], []).append(fragment)
+            else:
+                group[key] = values
+    for group_name, pieces in fragments.items():
+        wanted = dict(shapes)
+        if group_name == "optimizer":
+            keys = {piece.name.rpartition(":")[2] for piece in pieces}
+            wanted = {f"{name}:{key}": shape for name, shape in shapes.items() for key in keys}
+        joined[group_name] |= assemble(pieces, wanted)
+    return joined
 
 
 def verify_checkpoint(path: Path) -> list[str]:

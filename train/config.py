@@ -84,6 +84,7 @@ class TrainingConfig(Section):
     precision `auto` takes bfloat16 autocast where it is faster; weights are float32 always.
     threads: of PyTorch on the CPU, at most its cores; null leaves PyTorch's choice. nonfinite: what
     a loss or gradient of inf or NaN does, `stop` or `skip` the step; neither touches the weights.
+    stall_minutes: a run that stands still for so long ends with its stacks; null waits for ever.
     debug looks for inf and NaN at once, where they arise.
     """
 
@@ -97,6 +98,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
     nonfinite: Literal["skip", "stop"] = "stop"
+    stall_minutes: Annotated[Real, Field(gt=0)] | None = 60.0
     debug: bool = False
 
     @model_validator(mode="before")
@@ -158,6 +160,20 @@ class LoggingConfig(Section):
     heatmap_every: Natural = 100
 
 
+class ParallelConfig(Section):
+    """How many ranks share the model; they come from the launcher (`deepspeed --module`, torchrun).
+
+    expert_parallel_size: ranks over which the experts of each layer are shared out, must divide
+    the ranks and the experts. zero_stage: what of the optimizer's work is shared out: 0 nothing,
+    1 its state, 2 the gradients too, 3 the weights too (Rajbhandari et al., ZeRO, arXiv
+    1910.02054). timeout_minutes: of every operation between ranks.
+    """
+
+    expert_parallel_size: Count = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    timeout_minutes: Annotated[Real, Field(gt=0, le=24 * 60)] = 10.0
+
+
 class RunConfig(Section):
     """Everything that decides a run's result, and where it is written."""
 
@@ -174,6 +190,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> int:

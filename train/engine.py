@@ -4,8 +4,8 @@
 `PlainEngine` is the one for a single process on a CPU or one GPU.
 """
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from train.device import choose_device, choose_kernels, choose_precision
 from train.errors import CheckpointError
 from train.expert_names import join_experts, split_experts
 from train.packing import Batch
+from train.ranks import Ranks
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -32,6 +33,7 @@ class Engine(Protocol):
     Attributes:
         model: this rank's MoETransformer. device: where it lives. precision: `float32` or
         `bfloat16`. kernels: `triton` or `torch`. rank, world_size: 0 and 1 without a launcher.
+        shared_out: whether each rank has fragments of the state, and not the whole.
     """
 
     model: MoETransformer
@@ -40,18 +42,22 @@ class Engine(Protocol):
     kernels: str
     rank: int
     world_size: int
+    shared_out: bool
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch of this rank, on the engine's device."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's share of the step's loss."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss.
+
+        Args: last: whether the step has no further micro-batch.
+        """
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradients of all parameters on all ranks, () float32."""
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
-        """Clip to `optimizer.gradient_clip` and update the weights."""
+        """Clip to `optimizer.gradient_clip` and update the weights; the gradients are gone then."""
 
     def zero_grad(self) -> None:
         """Forget the gradients, those of a dropped step too."""
@@ -62,17 +68,27 @@ class Engine(Protocol):
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is True on any rank, the same answer on all."""
 
+    def from_rank_0(self, x: Tensor) -> Tensor:
+        """What rank 0 has there, on every rank."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, in their order, on every rank."""
+
     def nonfinite_weights(self) -> list[str]:
         """Names of the weights, on any rank, that hold inf or NaN, in the order of the forward."""
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of the weights whose gradient holds inf or NaN, in the same order."""
 
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all weights of the whole model, in the order of the forward pass."""
+
     def state_tensors(self) -> TensorGroups:
-        """Weights, buffers and moments under names that do not depend on the layout of ranks."""
+        """Weights, buffers and moments under names that do not depend on the layout of ranks; of
+        many ranks each has its fragments, `NAME@START` of the flattened tensor."""
 
     def load_state_tensors(self, groups: TensorGroups) -> None:
-        """Restore what `state_tensors` returned; every name must be there, and no other.
+        """Restore from whole tensors; every name must be there, and no other.
 
         Raises:
             CheckpointError: if names or shapes differ.
@@ -84,6 +100,7 @@ class PlainEngine:
 
     rank = 0
     world_size = 1
+    shared_out = False
 
     def __init__(
         self, model: MoETransformer, config: RunConfig, device: str, precision: str, kernels: str
@@ -92,7 +109,8 @@ class PlainEngine:
         self.precision, self.kernels = precision, kernels
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
-        self.optimizer = build_optimizer(model, config.optimizer)
+        groups = parameter_groups(model, config.optimizer)
+        self.optimizer = build_optimizer(groups, config.optimizer)
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch, on the engine's device."""
@@ -104,7 +122,7 @@ class PlainEngine:
                 totals=totals,
             )
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch's share of the step's loss."""
         loss.backward()
 
@@ -135,6 +153,14 @@ class PlainEngine:
         """The flag itself: there is one rank."""
         return flag
 
+    def from_rank_0(self, x: Tensor) -> Tensor:
+        """The tensor itself: there is one rank."""
+        return x
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value alone: there is one rank."""
+        return [value]
+
     def nonfinite_weights(self) -> list[str]:
         """Names of the weights that hold inf or NaN, in the order of the forward pass."""
         return nonfinite_names((name, p) for name, p in self.model.named_parameters())
@@ -143,6 +169,14 @@ class PlainEngine:
         """Names of the weights whose gradient holds inf or NaN, in the same order."""
         named = self.model.named_parameters()
         return nonfinite_names((name, p.grad) for name, p in named if p.grad is not None)
+
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all weights of the model, in the order of the forward pass."""
+        return {
+            name: part.shape
+            for whole, parameter in self.model.named_parameters()
+            for name, part in split_experts(whole, parameter).items()
+        }
 
     def state_tensors(self) -> TensorGroups:
         """Weights, buffers and moments under names that do not depend on the layout of ranks."""
@@ -194,6 +228,24 @@ def _misfit(
     return f"{min(unknown)} is no weight of this model" if unknown else None
 
 
+def refuse_misfits(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str
+) -> None:
+    """Refuse tensors that are not exactly those of `shapes`.
+
+    Raises:
+        CheckpointError: naming the first few that differ.
+    """
+    problems = [f"{name} is missing" for name in shapes if name not in tensors]
+    problems += [f"{name} is unknown to this model" for name in tensors if name not in shapes]
+    for name in shapes.keys() & tensors.keys():
+        if tensors[name].shape != shapes[name]:
+            found, needed = tuple(tensors[name].shape), tuple(shapes[name])
+            problems.append(f"{name} is {found}, needs {needed}")
+    if problems:
+        raise CheckpointError(f"{what}: " + "; ".join(sorted(problems)[:5]))
+
+
 def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the tensors that hold inf or NaN; each expert of a stack has its own."""
     return [
@@ -227,28 +279,38 @@ def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def build_optimizer(model: MoETransformer, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves vectors (norm weights) alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over groups of parameters."""
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
 
 
+def parameter_groups(model: MoETransformer, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors (norm weights), which do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 def build_engine(
-    config: RunConfig, model_config: ModelConfig, *, precision: str | None = None
+    config: RunConfig,
+    model_config: ModelConfig,
+    *,
+    ranks: Ranks | None = None,
+    precision: str | None = None,
 ) -> Engine:
-    """The engine for this process: the plain one, as no launcher started us.
+    """The engine for this process: DeepSpeed's where a launcher started us, else the plain one.
 
     Args:
         model_config: with its vocab_size known.
+        ranks: what the launcher said, the process group joined (`train.expert_parallel.connect`).
         precision: of an earlier part of the same run, which `auto` then keeps.
     Raises:
-        ConfigError: if `training.device` or `model.kernel_backend` asks for what is not there.
+        ConfigError: if `training.device` or `model.kernel_backend` asks for what is not there, or
+            the settings do not fit the number of ranks.
     """
     tune_allocator()
     if config.training.threads is not None:
@@ -256,6 +318,11 @@ def build_engine(
     device = choose_device(config.training.device)
     kernels = choose_kernels(model_config.kernel_backend, device)
     precision = choose_precision(config.training.precision, device, earlier=precision)
+    if ranks is not None:
+        # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
+        from train.deepspeed_engine import build_deepspeed_engine
+
+        return build_deepspeed_engine(config, model_config, ranks, device, precision, kernels)
     with torch.device(device):
         model = MoETransformer(model_config, moe_layer=MoELayer)
     init_weights(model, config.seed)

@@ -11,13 +11,21 @@ _STACKED = re.compile(r"^(.*\.experts)\.(w\d)$")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(w\d)$")
 
 
-def split_experts(name: str, value: Tensor) -> dict[str, Tensor]:
-    """One tensor an expert, `.experts.3.w1`, where `name` is a stack of them; else as it is."""
+def expert_name(name: str, expert: int) -> str | None:
+    """Name of one expert of the stack `name`, `.experts.3.w1`; None if it is no stack."""
     match = _STACKED.match(name)
-    if match is None:
+    return None if match is None else f"{match[1]}.{expert}.{match[2]}"
+
+
+def split_experts(name: str, value: Tensor, first_expert: int = 0) -> dict[str, Tensor]:
+    """One tensor an expert where `name` is a stack of them; else as it is.
+
+    Args: first_expert: global number of the first one in the stack.
+    """
+    if expert_name(name, 0) is None:
         return {name: value}
-    layer, matrix = match.groups()
-    return {f"{layer}.{expert}.{matrix}": part for expert, part in enumerate(value)}
+    parts = enumerate(value, start=first_expert)
+    return {expert_name(name, expert) or name: part for expert, part in parts}
 
 
 def join_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

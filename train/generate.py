@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe.generate import generate
 from moe.model import MoETransformer
@@ -68,10 +69,11 @@ def sample_text(
     top_p: float | None = None,
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    agree: Callable[[Tensor], Tensor] = lambda chosen: chosen,
 ) -> str:
     """The prompt and what the model writes after it, up to an end of text.
 
-    Args: stop: asked before each token; True ends the text there.
+    Args: as in `moe.generate.generate`.
     """
     device = model.embedding.weight.device
     # A document begins after the end of the one before.
@@ -87,6 +89,7 @@ def sample_text(
         end_of_text=tokenizer.end_of_text,
         generator=generator,
         stop=stop,
+        agree=agree,
     )
     new = [token for token in written[0, 1:].tolist() if token < tokenizer.vocab_size]
     return tokenizer.decode(new)

@@ -24,12 +24,16 @@ FINISH_SECONDS = 10.0
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that the loop asks; the second one ends at once.
 
+    Under a launcher a Ctrl-C reaches us twice: from the terminal, and as the SIGTERM by which the
+    launcher ends its processes. That one is no second request.
+
     with StopRequest() as stop: `stop()` is True once a signal has come; `stop.exit_code` is 143 or
     130 then, 0 before; `stop.waited()` is the time since, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
         self.exit_code = 0
+        self._launched = launched
         self._since = 0.0
         self._previous: dict[int, signal.Handlers | Callable | int | None] = {}
 
@@ -49,6 +53,8 @@ class StopRequest:
         return time.monotonic() - self._since if self.exit_code else 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code and self._launched and self.exit_code != 128 + number:
+            return
         if self.exit_code:
             # Checkpoints are complete or absent at every instant, so this loses at most the step.
             raise SystemExit(128 + number)
@@ -67,6 +73,7 @@ class Loop:
 
     Args:
         save(position): writes a checkpoint. sample(stop): text that the model writes, or None.
+        beat(): called again and again while the run moves.
     """
 
     def __init__(
@@ -79,9 +86,11 @@ class Loop:
         status: StatusLine,
         save: Callable[[Position], None],
         sample: Callable[[Callable[[], bool]], str | None] = lambda stop: None,
+        beat: Callable[[], None] = lambda: None,
     ):
         self.engine, self.data, self.config = engine, data, config
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
+        self.beat = beat
         self.loader = TrainLoader(data, config.training.seq_len, config.seed)
         self.window = LoadWindow()
         flops = flops_per_token(engine.model, config.training.seq_len)
@@ -99,11 +108,17 @@ class Loop:
         config = self.config
         # A new run has nothing on the disk yet, not even its beginning.
         saved, evaluation = position.step or -1, None
+
+        def stopping() -> bool:
+            # One answer for all ranks: they must do the same.
+            self.beat()
+            return self.engine.any_rank(stop())
+
         self.status.begin(position.step)
         self.engine.model.train()
         while True:
-            if self._evaluation_due(position) and not stop():
-                result = self._evaluate(position.step, stop)
+            if self._evaluation_due(position) and not stopping():
+                result = self._evaluate(position.step, stopping)
                 if result is not None:
                     evaluation = result
                     position = position._replace(evaluated=position.step)
@@ -113,7 +128,7 @@ class Loop:
                 self.save(position)
                 saved = position.step
             # Asked after a save too: it may have taken long.
-            if stop() or position.step >= config.num_steps:
+            if stopping() or position.step >= config.num_steps:
                 break
             if not self._step(position, stop):
                 break
@@ -134,6 +149,7 @@ class Loop:
         began = time.monotonic()
 
         def drop() -> bool:
+            self.beat()
             # The first step has no example to be estimated by, and any step can take longer.
             expected = self.step_seconds[-1] if self.step_seconds else 0.0
             left = expected - (time.monotonic() - began)

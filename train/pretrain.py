@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -16,8 +17,10 @@ from train.arguments import parse_arguments
 from train.checkpoint import (
     Checkpoint,
     RunLock,
+    agreeing,
     changed_settings,
     find_checkpoint,
+    rank_group,
     refuse_changes,
     save_checkpoint,
 )
@@ -33,11 +36,13 @@ from train.metrics import MetricsWriter
 from train.plan import Plan, check_memory, describe_plan, make_plan, memory_errors
 from train.program import guarded
 from train.random_state import get_random_state, seed_all, set_random_state
+from train.ranks import Ranks, check_layout, first_rank_first, launched_ranks
 from train.run_directory import replace_file, storage_errors
 from train.status import StatusLine
 from train.summary import render_summary, summarize
 from train.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
 from train.validation import Evaluation, evaluate
+from train.watchdog import Watchdog, exit_recorded
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,8 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(options: Any, overrides: list[str]) -> int:
-    refuse_foreign_kernels()
-    config = load_config(options.config, overrides)
+    with first_rank_first():
+        refuse_foreign_kernels()
+        config = load_config(options.config, overrides)
+        ranks = launched_ranks()
+        if ranks is not None:
+            check_layout(config, ranks)
     if options.print_config:
         print(dump_config(config), end="")
         return 0
@@ -60,8 +69,37 @@ def _main(options: Any, overrides: list[str]) -> int:
         half = choose_precision(config.training.precision, device) == "bfloat16"
         print(describe_plan(make_plan(config, model, 2 if half else 4)))
         return 0
-    with RunLock(Path(config.output_dir)):
-        return run(config)
+    if ranks is None:
+        with RunLock(Path(config.output_dir)):
+            return run(config)
+    return run_as_rank(config, ranks)
+
+
+def run_as_rank(config: RunConfig, ranks: Ranks) -> int:
+    """`run` in one of the processes that a launcher has started; rank 0 alone locks and prints.
+
+    Raises:
+        ConfigError: if the ranks were started with different settings.
+    """
+    # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
+    from train.expert_parallel import connect, disconnect, gather, peer_errors
+
+    run_dir = Path(config.output_dir)
+    with exit_recorded(run_dir, ranks.rank) as codes, peer_errors(ranks.rank):
+        connect(choose_device(config.training.device), ranks, config.parallel.timeout_minutes)
+        settings = gather(config.model_dump(mode="json"))
+        for number, other in enumerate(settings):
+            if lines := changed_settings(settings[0], other):
+                raise ConfigError(
+                    f"rank {number} was started with other settings than rank 0: {lines[0]}"
+                )
+        with contextlib.ExitStack() as stack:
+            with agreeing(gather):
+                if ranks.rank == 0:
+                    stack.enter_context(RunLock(run_dir))
+            codes.append(run(config, ranks))
+        disconnect()
+    return codes[-1]
 
 
 def refuse_foreign_kernels() -> None:
@@ -141,12 +179,16 @@ class Job(NamedTuple):
     position: Position
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, ranks: Ranks | None = None) -> int:
     """Prepare, resume or begin, train, summarise. The run directory is locked by the caller."""
     run_dir = Path(config.output_dir)
-    status = StatusLine()
-    job = prepare(config, status)
-    save_description(run_dir, config, job.data)
+    speaks = ranks is None or ranks.rank == 0
+    # One rank speaks for all.
+    status = StatusLine() if speaks else StatusLine(io.StringIO())
+    job = prepare(config, status, ranks)
+    with agreeing(job.engine.gather):
+        if speaks:
+            save_description(run_dir, config, job.data)
     announce(job, status)
     clock = RunClock(job.found.state["seconds"] if job.found else 0.0)
     with memory_errors(job.plan, config, job.model):
@@ -163,11 +205,13 @@ def run(config: RunConfig) -> int:
     tokens = config.num_steps * config.tokens_per_step
     summary = summarize(evaluation, job.model, tokens, seconds)
     summary["samples"] = samples(job.engine, job.data, config)
-    finish(run_dir, config, summary, evaluation, job.data.domain_names, status)
+    with agreeing(job.engine.gather):
+        if speaks:
+            finish(run_dir, config, summary, evaluation, job.data.domain_names, status)
     return 0
 
 
-def prepare(config: RunConfig, status: StatusLine) -> Job:
+def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -> Job:
     """Data, engine and position of a run; what cannot work is refused before anything is written.
 
     Raises:
@@ -183,10 +227,12 @@ def prepare(config: RunConfig, status: StatusLine) -> Job:
         refuse_changes(found.state["identity"], facts)
     plan = make_plan(config, model, 2)
     check_memory(plan, choose_device(config.training.device))
-    seed_all(config.seed)
+    seed_all(config.seed, ranks.rank if ranks else 0)
+    earlier = found.state["precision"] if found else None
     with memory_errors(plan, config, model):
-        engine = build_engine(config, model, precision=found.state["precision"] if found else None)
-        position = restore(engine, found) if found else Position()
+        engine = build_engine(config, model, ranks=ranks, precision=earlier)
+        refuse_different_positions(engine, found)
+        position = restore(engine, found, config.seed) if found else Position()
     if engine.precision == "float32":
         plan = make_plan(config, model, 4)
     if position.step > config.num_steps:
@@ -233,8 +279,10 @@ def train(
     """Run the loop from the job's position to its end, or until a signal."""
     config, engine, found = job.config, job.engine, job.found
     run_dir, warn = Path(config.output_dir), warner(status)
+    minutes = config.training.stall_minutes
+    watchdog = Watchdog(run_dir, engine.rank, None if minutes is None else 60 * minutes)
     first_step = job.position.step + 1 if found else 0
-    with open_writer(run_dir, config, job.model, first_step, warn) as writer:
+    with open_writer(run_dir, config, engine.rank, job.model, first_step, warn) as writer:
 
         def save(at: Position) -> None:
             if writer is not None:
@@ -252,13 +300,23 @@ def train(
                 "identity": job.identity,
                 "config": config.model_dump(mode="json"),
             }
-            tensors = {
-                **engine.state_tensors(),
-                "random": get_random_state(),
-                "metrics": {"load_window": loop.window.tensor()},
-            }
-            keep = config.checkpoint.keep_last
-            save_checkpoint(run_dir, at.step, tensors, state, keep_last=keep, warn=warn)
+            tensors = {**engine.state_tensors(), "random": get_random_state()}
+            if engine.shared_out:
+                tensors = {rank_group(name, engine.rank): t for name, t in tensors.items()}
+                shapes = engine.state_shapes().items()
+                state["shapes"] = {name: list(shape) for name, shape in shapes}
+            if engine.rank == 0:
+                tensors["metrics"] = {"load_window": loop.window.tensor()}
+            save_checkpoint(
+                run_dir,
+                at.step,
+                tensors,
+                state,
+                keep_last=config.checkpoint.keep_last,
+                warn=warn,
+                rank=engine.rank,
+                gather=engine.gather,
+            )
 
         loop = Loop(
             engine,
@@ -268,32 +326,57 @@ def train(
             status=status,
             save=save,
             sample=lambda stop: "\n".join(samples(engine, job.data, config, stop)) or None,
+            beat=watchdog.beat,
         )
         if found is not None:
             loop.window.restore(found.tensors["metrics"]["load_window"])
-        with StopRequest() as stop:
-            return *loop.run(job.position, stop), stop
+        with StopRequest(launched=engine.shared_out) as stop, watchdog:
+            position, evaluation = loop.run(job.position, stop)
+            if engine.any_rank(stop()):
+                stop.exit_code = stop.exit_code or 143
+            return position, evaluation, stop
 
 
 def open_writer(
     run_dir: Path,
     config: RunConfig,
+    rank: int,
     model: ModelConfig,
     first_step: int,
     warn: Callable[[str], None],
 ) -> contextlib.AbstractContextManager[MetricsWriter | None]:
     """The writer of the curves, closed however the run ends: they are what explains it."""
-    if not config.logging.tensorboard:
+    if not config.logging.tensorboard or rank > 0:
         return contextlib.nullcontext()
     writer = MetricsWriter(run_dir / "tensorboard", model, first_step, warn)
     writer.write_text("config", dump_config(config), first_step)
     return contextlib.closing(writer)
 
 
-def restore(engine: Engine, checkpoint: Checkpoint) -> Position:
+def refuse_different_positions(engine: Engine, found: Checkpoint | None) -> None:
+    """Refuse ranks that would go on from different checkpoints.
+
+    Raises:
+        ConfigError: with the steps that they found.
+    """
+    steps = engine.gather(found.step if found else 0)
+    if len(set(steps)) > 1:
+        raise ConfigError(
+            f"the ranks find checkpoints of different steps {steps}: output_dir must be one "
+            f"directory for all of them, on a shared file system"
+        )
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, seed: int) -> Position:
     """Continue from a checkpoint: weights, moments, router biases, random streams, position."""
     engine.load_state_tensors(checkpoint.tensors)
-    set_random_state(checkpoint.tensors["random"])
+    groups = [rank_group("random", engine.rank), *(["random"] if engine.rank == 0 else [])]
+    streams = [checkpoint.tensors[group] for group in groups if group in checkpoint.tensors]
+    if streams:
+        set_random_state(streams[0])
+    else:
+        # A rank that the run did not have before.
+        seed_all(seed, engine.rank, checkpoint.step)
     return Position(checkpoint.state["step"], checkpoint.state["evaluated"])
 
 
@@ -323,6 +406,7 @@ def samples(
             temperature=0.8,
             seed=config.seed,
             stop=stop,
+            agree=engine.from_rank_0,
         )
         texts.append(f"sample: {text!r}")
     return texts

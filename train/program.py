@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from train.errors import NoSpaceError, OutOfMemoryError, RunError
+from train.errors import NoSpaceError, OutOfMemoryError, PeerError, RunError
 from train.run_directory import FULL
 
 _TRAINING_ADVICE = (
@@ -26,6 +26,9 @@ def guarded(program: Callable[[], int], memory_advice: str = _TRAINING_ADVICE) -
         # While an error can still be handled; Python flushes again, and complains, at exit.
         sys.stdout.flush()
         return code
+    except PeerError as error:
+        # The rank that failed has said it.
+        return error.exit_code
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

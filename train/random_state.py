@@ -1,5 +1,6 @@
 """Every random stream of the process, as tensors that a checkpoint can hold."""
 
+import hashlib
 import math
 import random
 
@@ -38,8 +39,14 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def seed_all(seed: int) -> None:
-    """Start every stream from the run's seed."""
+def seed_all(seed: int, rank: int = 0, step: int = 0) -> None:
+    """Start every stream from the run's seed; those of other ranks and parts of a run differ.
+
+    Args: step: at which a rank joins that the run did not have before.
+    """
+    if rank:
+        digest = hashlib.sha256(f"{seed}/{rank}/{step}".encode()).digest()
+        seed = int.from_bytes(digest[:7])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -64,7 +64,7 @@ def train_step(
     random_state = get_random_state()
     totals = batch_totals(engine, micro_batches, config, stop)
     sums: _StepSums | None = None
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
         if totals is None or engine.any_rank(stop()):
             engine.zero_grad()
             set_random_state(random_state)
@@ -73,7 +73,7 @@ def train_step(
         if config.training.debug:
             check_routers(output, config, step)
         assert output.loss is not None
-        engine.backward(output.loss)
+        engine.backward(output.loss, last=number == len(micro_batches))
         sums = add_output(sums, output)
         if totals.counts_so_far is not None:
             totals = totals._replace(counts_so_far=sums.tokens_per_expert)

@@ -1,5 +1,6 @@
 """How good is the model on each domain's held-out text, and which experts did it use there?"""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -57,9 +58,11 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate every domain; deterministic, and no random stream moves.
 
+    Ranks share the batches out; every rank has the whole answer.
+
     Args:
-        batch_size: sequences per forward. stop: asked before each forward; where it says True,
-            the evaluation is given up.
+        batch_size: sequences per forward. stop: asked before each forward, the same answer on all
+            ranks; where it says True, the evaluation is given up.
     Returns:
         Evaluation, or None if it was given up.
     """
@@ -72,30 +75,46 @@ def evaluate(
 
 
 def _evaluate(engine, data, batch_size, seq_len, stop) -> Evaluation | None:
-    loss: dict[str, float] = {}
-    num_tokens: dict[str, int] = {}
-    counts: list[Tensor] = []  # (B, L, E) each
-    domains: list[Tensor] = []
-    for domain in data.domain_names:
-        loss_sum, labels = 0.0, 0
-        for batch in data.validation_batches(domain, batch_size, seq_len):
-            if stop():
-                return None
-            output = engine(batch)
-            loss_sum += float(output.lm_loss) * int(output.num_labels)
-            labels += int(output.num_labels)
-            if output.routings:
-                size = len(batch.domain_ids)
-                per_layer = [counts_by_sequence(r, size) for r in output.routings]
-                counts.append(torch.stack(per_layer, 1).cpu())
-                domains.append(batch.domain_ids)
-        if labels:
-            loss[domain], num_tokens[domain] = loss_sum / labels, labels
     config = engine.model.config
-    none = torch.zeros(0, len(config.moe_layers), config.moe.num_experts, dtype=torch.long)
+    names = data.domain_names
+    loss_sums = torch.zeros(len(names), dtype=torch.float64)
+    labels = torch.zeros(len(names), dtype=torch.int64)
+    counts: list[Tensor] = []  # (B, L, E) each, zero for the batches of other ranks
+    domains: list[Tensor] = []
+    each = (
+        (place, batch)
+        for place, name in enumerate(names)
+        for batch in data.validation_batches(name, batch_size, seq_len)
+    )
+    shape = len(config.moe_layers), config.moe.num_experts
+    # One batch for each rank and round; where the last round has too few, some run one for nothing,
+    # as all must run the same number of forwards.
+    while turn := list(itertools.islice(each, engine.world_size)):
+        if stop():
+            return None
+        place, batch = turn[engine.rank % len(turn)]
+        output = engine(batch)
+        for number, (_, other) in enumerate(turn):
+            size = len(other.domain_ids)
+            domains.append(other.domain_ids)
+            if number != engine.rank:
+                counts.append(torch.zeros(size, *shape, dtype=torch.int64))
+                continue
+            loss_sums[place] += float(output.lm_loss) * int(output.num_labels)
+            labels[place] += int(output.num_labels)
+            per_layer = [counts_by_sequence(r, size) for r in output.routings]
+            none = torch.zeros(size, 0, shape[1], dtype=torch.int64)
+            counts.append(torch.stack(per_layer, 1).cpu() if per_layer else none)
+    none = torch.zeros(0, *shape, dtype=torch.int64)
     by_sequence = torch.cat([none, *counts])  # (N, L, E)
-    domain_of = torch.cat([none.new_zeros(0), *domains])  # (N,)
-    by_domain = sum_by_domain(by_sequence, domain_of, len(data.domain_names))  # (domains, L, E)
+    if engine.world_size > 1:
+        loss_sums = engine.all_reduce(loss_sums.to(engine.device)).cpu()
+        labels = engine.all_reduce(labels.to(engine.device)).cpu()
+        by_sequence = engine.all_reduce(by_sequence.to(engine.device)).cpu()
+    domain_of = torch.cat([torch.zeros(0, dtype=torch.int64), *domains])  # (N,)
+    by_domain = sum_by_domain(by_sequence, domain_of, len(names))  # (domains, L, E)
+    num_tokens = {name: int(n) for name, n in zip(names, labels, strict=True) if n}
+    loss = {name: float(loss_sums[names.index(name)]) / n for name, n in num_tokens.items()}
     entropy = {name: data.unigram_entropy(name) for name in loss}
     return Evaluation(
         loss=loss,

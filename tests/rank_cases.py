@@ -1,0 +1,136 @@
+"""What the tests of many ranks share: processes that form a group and run a function each.
+
+Starting a group costs seconds, so one group runs many cases. A group that does not end in time is
+killed, with the stacks of its processes in the message.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.ranks import Ranks
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list:
+    """What `work(ranks, *args)` returns on each rank of a new process group.
+
+    Raises:
+        AssertionError: if a rank raises, dies, or does not end in `seconds`.
+    """
+    context = multiprocessing.get_context("spawn")
+    port, results = free_port(), context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as logs:
+        processes = [
+            context.Process(target=_child, args=(rank, world_size, port, logs, results, work, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + seconds
+        try:
+            while len(answers) < world_size:
+                while not results.empty():
+                    rank, error = results.get()
+                    assert error is None, f"rank {rank} of {world_size}:\n{error}"
+                    # Not through the queue: it would hand over shared memory that ends with them.
+                    answers[rank] = torch.load(Path(logs) / f"{rank}.pt", weights_only=False)
+                dead = [
+                    rank
+                    for rank, process in enumerate(processes)
+                    if process.exitcode is not None and rank not in answers and results.empty()
+                ]
+                assert not dead, f"ranks {dead} died: {_read(logs)}"
+                assert time.monotonic() < end, f"not done after {seconds} s: {_read(logs)}"
+                time.sleep(0.01)
+        finally:
+            for process in processes:
+                process.join(5 if len(answers) == world_size else 0)
+                process.kill()
+                process.join()
+    return [answers[rank] for rank in range(world_size)]
+
+
+def _read(logs: str) -> str:
+    return "\n".join(path.read_text()[-4000:] for path in sorted(Path(logs).glob("*.txt")))
+
+
+def _child(rank, world_size, port, logs, results, work, args) -> None:
+    import faulthandler
+
+    log = open(Path(logs) / f"rank_{rank}.txt", "w", buffering=1)  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    faulthandler.enable(log)
+    faulthandler.dump_traceback_later(45, repeat=True, file=log)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        from train.expert_parallel import connect
+
+        torch.set_num_threads(1)
+        connect("cpu", Ranks(rank, rank, world_size), timeout_minutes=1)
+        torch.save(work(Ranks(rank, rank, world_size), *args), Path(logs) / f"{rank}.pt")
+        results.put((rank, None))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+        sys.exit(1)
+
+
+def _gathered(engine: Any, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Whole tensors of every group, on every rank, whichever engine has them."""
+    from train.checkpoint_format import join_ranks, rank_group
+
+    copies = {
+        group: {k: t.detach().clone() for k, t in named.items()} for group, named in parts.items()
+    }
+    if not engine.shared_out:
+        return copies
+    everyone = {
+        rank_group(group, rank): named
+        for rank, theirs in enumerate(engine.gather(copies))
+        for group, named in theirs.items()
+    }
+    return join_ranks(everyone, engine.state_shapes())
+
+
+def gathered_state(engine: Any) -> dict[str, dict[str, Any]]:
+    """Weights and moments of the whole model."""
+    return _gathered(engine, engine.state_tensors())
+
+
+def gathered_gradients(engine: Any) -> dict[str, Any]:
+    """Gradients of the whole model, after the last backward pass of a step."""
+    from train.expert_names import split_experts
+
+    if not engine.shared_out:
+        return {
+            part_name: part
+            for name, parameter in engine.model.named_parameters()
+            for part_name, part in split_experts(name, parameter.grad.clone()).items()
+        }
+    return _gathered(engine, {"model": engine.gradient_tensors()})["model"]

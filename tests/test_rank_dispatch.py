@@ -1,0 +1,104 @@
+"""Do tokens reach experts on other ranks and come back, whatever each rank has to send?"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import randn, relative_error
+from rank_cases import run_ranks
+
+from kernels.dispatch import DispatchPlan
+from moe.dispatcher import expert_parallel_dispatch, local_dispatch
+from moe.routing import Routing, make_routing
+from train.ranks import Ranks
+
+D, F, E = 12, 10, 8
+# Tokens of each rank, in turns.
+TOKENS = ((9, 9, 9, 9), (5, 0, 17, 1), (0, 0, 0, 0), (0, 33, 2, 0))
+# Ways to choose experts, some of which starve whole ranks.
+CASES = ("random", "dropped", "nothing assigned", "one expert of all", "first rank only")
+
+
+def routing_of(case: str, num_tokens: int, rank: int) -> Routing:
+    """K = 3 experts of E = 8 for each token."""
+    draw = torch.Generator().manual_seed(100 * rank + num_tokens)
+    scores = torch.rand(num_tokens, E, generator=draw)
+    indices = scores.argsort(-1, descending=True)[:, :3]
+    weights = torch.rand(num_tokens, 3, generator=draw, dtype=torch.float64) + 0.1
+    if case == "dropped":
+        indices[torch.rand(num_tokens, 3, generator=draw) < 0.4] = -1
+    elif case == "nothing assigned":
+        indices = torch.full_like(indices, -1)
+    elif case == "one expert of all":
+        indices = torch.full_like(indices, -1)
+        indices[:, 1] = 5
+    elif case == "first rank only":
+        indices = indices.new_tensor([0, 1, -1]).expand(num_tokens, 3).clone()
+    weights = weights.masked_fill(indices < 0, 0)
+    return make_routing(scores.double(), scores.double(), weights, indices, None)
+
+
+class Experts(torch.nn.Module):
+    """The real module's signature in float64, fused or not; a share of the same weights."""
+
+    def __init__(self, first: int, count: int, fused: bool):
+        super().__init__()
+        from moe.variants import load_variant
+
+        module = load_variant("experts", "swiglu")
+        self.inner = module.Experts(module.Config(), count, D, F).double()
+        self.fuses_dispatch = fused
+        for number, name in enumerate(("w1", "w2", "w3")):
+            whole = randn(E, *getattr(self.inner, name).shape[1:], seed=number).double()
+            getattr(self.inner, name).data.copy_(whole[first : first + count])
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor, *, backend: str, **fused: Any):
+        plan: DispatchPlan | None = fused.get("plan")
+        assert (plan is not None) == self.fuses_dispatch
+        return self.inner(x, counts, backend=backend, **fused)
+
+
+def exchange(ranks: Ranks, size: int) -> list[str]:
+    """Every case on every rank: what differs from all experts in one process, named."""
+    from train.expert_parallel import ExpertGroups
+
+    groups = ExpertGroups(size, timeout_minutes=1)
+    count = E // size
+    problems = []
+    for case in CASES:
+        for tokens in TOKENS:
+            for fused in (True, False):
+                x = randn(tokens[ranks.rank], D, seed=50 + ranks.rank).double()
+                routing = routing_of(case, len(x), ranks.rank)
+                weight = randn(len(x), D, seed=90 + ranks.rank).double()
+                ours = Experts(groups.rank * count, count, fused)
+                whole = Experts(0, E, fused)
+                found, wanted = [], []
+                for experts, results in ((ours, found), (whole, wanted)):
+                    leaf = x.clone().requires_grad_()
+                    gates = routing.topk_weights.clone().requires_grad_()
+                    chosen = routing._replace(topk_weights=gates)
+                    if experts is ours:
+                        out = expert_parallel_dispatch(experts, leaf, chosen, groups.group)
+                    else:
+                        out = local_dispatch(experts, leaf, chosen)
+                    parameters = list(experts.parameters())
+                    grads = torch.autograd.grad((out * weight).sum(), [leaf, gates, *parameters])
+                    results += [out, *grads]
+                # Each expert's gradient: the sum over the ranks of the group.
+                for place in range(3, 6):
+                    dist.all_reduce(wanted[place], group=groups.group)
+                    wanted[place] = wanted[place][groups.rank * count :][:count]
+                names = ("output", "x", "topk_weights", "w1", "w2", "w3")
+                for name, a, b in zip(names, found, wanted, strict=True):
+                    if a.shape != b.shape or relative_error(a, b, least=1e-6) > 1e-10:
+                        problems.append(f"{case}, {tokens}, fused {fused}: {name}")
+    return problems
+
+
+@pytest.mark.parametrize(
+    ("world", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), (4, 4)]
+)
+def test_experts_on_other_ranks_give_what_experts_here_give(world, size):
+    assert run_ranks(world, exchange, size, seconds=120) == [[]] * world

@@ -1,0 +1,198 @@
+"""Does a step over many ranks do what one process does, at every ZeRO stage and sharing of experts?
+
+SGD shows the scale of gradients: the loss and every weight agree to 1e-6 after three steps. Adam
+would hide it, and divides rounding noise by its epsilon: with it the gradients of the first step
+and the moments agree.
+"""
+
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import gathered_gradients, gathered_state, run_ranks
+from torch import Tensor
+from training_cases import data, make_config
+
+from train.config import RunConfig
+from train.packing import IGNORE, Batch, TrainLoader
+from train.ranks import Ranks
+from train.step import read_step, train_step
+
+STEPS = 3
+# Noise would be another one for each rank; everything else that could depend on the layout is on.
+CALM = {
+    "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
+    "model.moe.losses": [
+        {"name": "load_balancing", "weight": 0.5},
+        {"name": "router_z_loss", "weight": 0.1},
+    ],
+    "model.moe.num_shared_experts": 1,
+    "model.lm_z_loss_weight": 0.01,
+    "training.batch_size": 12,
+    "training.seq_len": 8,
+    "optimizer.learning_rate": 0.5,
+    "schedule.name": "constant",
+}
+
+
+def case(
+    optimizer: str, size: int, stage: int, *, clip: bool, passes: int, recompute: bool, world: int
+) -> dict[str, Any]:
+    """The settings in which a case differs from CALM; `optimizer` is no setting."""
+    return {
+        "optimizer": optimizer,
+        "parallel.expert_parallel_size": size,
+        "parallel.zero_stage": stage,
+        "optimizer.gradient_clip": 0.5 if clip else None,
+        "training.micro_batch_size": 12 // world // passes,
+        "training.activation_checkpointing": recompute,
+    }
+
+
+def all_cases(world: int) -> list[dict[str, Any]]:
+    """Every combination for a number of ranks."""
+    sizes = [size for size in (1, 2, 4) if size <= world]
+    return [
+        case(optimizer, size, stage, clip=clip, passes=n, recompute=recompute, world=world)
+        for optimizer, size, stage, clip, n, recompute in itertools.product(
+            ("sgd", "adamw"), sizes, (0, 1, 2, 3), (False, True), (1, 3), (False, True)
+        )
+    ]
+
+
+def covering_cases(world: int) -> list[dict[str, Any]]:
+    """Few cases with every size and stage, in which the other settings take turns."""
+    sizes = [size for size in (1, 2, 4) if size <= world]
+    return [
+        case(
+            optimizer,
+            size,
+            stage,
+            clip=(stage + place) % 2 == 0,
+            passes=1 + 2 * ((stage // 2 + place) % 2),
+            recompute=(stage + place) % 3 == 0,
+            world=world,
+        )
+        for optimizer in ("sgd", "adamw")
+        for place, size in enumerate(sizes)
+        for stage in (0, 1, 2, 3)
+        if world == 2 or size > 1
+    ]
+
+
+def settings_of(changes: dict[str, Any]) -> RunConfig:
+    changed = {key: value for key, value in changes.items() if key != "optimizer"}
+    return make_config(Path("unused"), CALM | changed)
+
+
+def uneven(batches: list[Batch], rank: int) -> list[Batch]:
+    """The first sequence of the step counts 3 labels, so that ranks and passes have unequal
+    numbers of them."""
+    if rank == 0:
+        batches[0].labels[0, 3:] = IGNORE
+    return batches
+
+
+def run_case(config: RunConfig, optimizer: str, text: Any, ranks: Ranks | None) -> dict[str, Any]:
+    """Losses, norms and counts of the steps; first gradients, first moments and last weights."""
+    import train.deepspeed_engine
+    import train.engine
+
+    patch = pytest.MonkeyPatch()
+    if optimizer == "sgd":
+        for module in (train.engine, train.deepspeed_engine):
+            patch.setattr(
+                module,
+                "build_optimizer",
+                lambda groups, config: torch.optim.SGD(groups, lr=config.learning_rate),
+            )
+    engine = train.engine.build_engine(config, config.model, ranks=ranks)
+    patch.undo()
+    loader = TrainLoader(text, config.training.seq_len, config.seed)
+    found: dict[str, Any] = {"metrics": []}
+    real_step = engine.step
+
+    def step(learning_rate: float, gradient_norm: Tensor) -> None:
+        if "gradients" not in found:
+            found["gradients"] = gathered_gradients(engine)
+        real_step(learning_rate, gradient_norm)
+        if "moments" not in found:
+            found["moments"] = gathered_state(engine)["optimizer"]
+
+    engine.step = step  # type: ignore[method-assign]
+    for number in range(STEPS):
+        batches = uneven(read_step(loader, number, config, engine), engine.rank)
+        metrics = train_step(engine, batches, number, config)
+        assert metrics is not None
+        found["metrics"].append(metrics._asdict())
+    found["weights"] = gathered_state(engine)["model"]
+    return found
+
+
+def run_cases(ranks: Ranks, cases: list[dict[str, Any]], text: Any) -> list[dict[str, Any]] | None:
+    """On each rank: every case; rank 0 has the results."""
+    results = [run_case(settings_of(each), each["optimizer"], text, ranks) for each in cases]
+    return results if ranks.rank == 0 else None
+
+
+@cache
+def reference(optimizer: str, clip: float | None, micro_batch_size: int) -> dict[str, Any]:
+    """The same steps in this process, by itself and without DeepSpeed."""
+    changes = {"optimizer": optimizer, "optimizer.gradient_clip": clip}
+    changes["training.micro_batch_size"] = micro_batch_size
+    return run_case(settings_of(changes), optimizer, data(), None)
+
+
+def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
+    micro_batch_size = changes["training.micro_batch_size"]
+    expected = reference(changes["optimizer"], changes["optimizer.gradient_clip"], micro_batch_size)
+    sgd = changes["optimizer"] == "sgd"
+    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        tolerance = 1e-6 if sgd else 1e-5
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=tolerance)
+        assert ours["aux_losses"] == pytest.approx(theirs["aux_losses"], rel=1e-5)
+        assert torch.equal(ours["tokens_per_expert"], theirs["tokens_per_expert"])
+        if sgd:
+            assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-6)
+    assert_close(found["gradients"], expected["gradients"], 1e-6)
+    assert_close(found["moments"], expected["moments"], 1e-6)
+    if sgd:
+        assert_close(found["weights"], expected["weights"], 1e-6)
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    """To `tolerance` of each tensor's largest entry."""
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        scale = wanted.abs().max().clamp(min=1e-12)
+        error = float((ours[name] - wanted).abs().max() / scale)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def name_of(changes: dict[str, Any]) -> str:
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_take_the_steps_of_one_process(world):
+    cases = covering_cases(world)
+    (results, *_) = run_ranks(world, run_cases, cases, data(), seconds=240)
+    for changes, found in zip(cases, results, strict=True):
+        try:
+            check(changes, found)
+        except AssertionError as error:
+            raise AssertionError(f"{name_of(changes)}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_combination_takes_the_steps_of_one_process(world):
+    cases = all_cases(world)
+    for start in range(0, len(cases), 48):
+        part = cases[start : start + 48]
+        (results, *_) = run_ranks(world, run_cases, part, data(), seconds=600)
+        for changes, found in zip(part, results, strict=True):
+            check(changes, found)

@@ -1,0 +1,130 @@
+"""What does a launcher tell us, and which settings does it refuse?"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import make_config
+
+from train.deepspeed_engine import derive_config
+from train.errors import CheckpointError, ConfigError
+from train.fragments import Fragment, assemble
+from train.ranks import Ranks, check_layout, launched_ranks
+
+LAUNCHED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_ranks_come_from_the_launcher():
+    assert launched_ranks(LAUNCHED) == Ranks(3, 1, 4)
+    assert launched_ranks({}) is None
+    # A shell of a batch system may say this without having started any rank.
+    assert launched_ranks({"WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"MASTER_PORT": ""}, "but not MASTER_PORT"),
+        ({"RANK": "x"}, "RANK ('x') is no number"),
+        ({"RANK": "-1"}, "RANK ('-1') is no number"),
+        ({"RANK": "4"}, r"RANK \(4\) must be below WORLD_SIZE \(4\)"),
+    ],
+)
+def test_a_launcher_that_makes_no_sense_is_refused(change, expected):
+    with pytest.raises(ConfigError, match=expected.replace("('", r"\('").replace("')", r"'\)")):
+        launched_ranks(LAUNCHED | change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "expected"),
+    [
+        ({"parallel.expert_parallel_size": 2}, 3, r"\(2\) must divide the number of ranks \(3\)"),
+        (
+            {"parallel.expert_parallel_size": 3, "training.batch_size": 6},
+            3,
+            r"\(3\) must divide model.moe.num_experts \(4\)",
+        ),
+        ({}, 3, r"training.batch_size \(4\) must be a multiple of"),
+        ({"training.micro_batch_size": 4}, 2, r"training.batch_size \(4\) must be a multiple of"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(changes, world, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check_layout(make_config(Path("unused"), changes), Ranks(0, 0, world))
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        ({"gradient_clipping": 1.0}, r"deepspeed.gradient_clipping \(1.0\).*gradient_clip"),
+        ({"zero_optimization": {"stage": 2}}, r"zero_optimization.stage \(2\).*zero_stage"),
+        ({"train_batch_size": 4}, "training.batch_size"),
+        ({"bf16": {"enabled": True}}, "training.precision"),
+    ],
+)
+def test_deepspeed_settings_that_follow_from_ours_are_refused(user, expected):
+    config = make_config(Path("unused"), {"deepspeed": user})
+    with pytest.raises(ConfigError, match=expected):
+        derive_config(config, Ranks(0, 0, 1), "float32")
+
+
+def test_other_deepspeed_settings_pass_through():
+    user = {
+        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 1000},
+        "comms_logger": {"enabled": True},
+    }
+    config = make_config(Path("unused"), {"deepspeed": user, "parallel.zero_stage": 2})
+    derived = derive_config(config, Ranks(0, 0, 2), "bfloat16")
+    assert derived["zero_optimization"] == {"stage": 2, **user["zero_optimization"]}
+    assert derived["comms_logger"] == {"enabled": True}
+    assert derived["train_batch_size"] == 4
+    assert derived["train_micro_batch_size_per_gpu"] == 2
+    assert derived["gradient_accumulation_steps"] == 1
+    assert derived["torch_autocast"]["enabled"]
+    # Our own configuration is not changed by DeepSpeed's.
+    assert config.deepspeed == user
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_we_clip_where_deepspeed_would_count_experts_wrongly(stage):
+    config = make_config(Path("unused"), {"parallel.zero_stage": stage})
+    derived = derive_config(config, Ranks(0, 0, 1), "float32")
+    assert derived["gradient_clipping"] == (1.0 if stage else 0.0)
+
+
+SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([])}
+
+
+def pieces(*spans: tuple[str, int, int]) -> list[Fragment]:
+    return [
+        Fragment(name, start, torch.arange(start, stop, dtype=torch.float32))
+        for name, start, stop in spans
+    ]
+
+
+def test_fragments_are_put_together():
+    found = assemble(pieces(("a", 4, 6), ("b", 0, 1), ("a", 0, 4)), SHAPES)
+    assert torch.equal(found["a"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(found["b"], torch.tensor(0.0))
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([("a", 0, 4), ("b", 0, 1)], "a: numbers 4 to 6 are missing"),
+        ([("a", 2, 6), ("b", 0, 1)], "a: numbers 0 to 2 are missing"),
+        ([("a", 0, 4), ("a", 3, 6), ("b", 0, 1)], "a: numbers 3 to 4 come twice"),
+        ([("a", 0, 6)], "b: numbers 0 to 1 are missing"),
+        ([("a", 0, 7), ("b", 0, 1)], "beyond its end"),
+        ([("a", 0, 6), ("b", 0, 1), ("c", 0, 1)], "c is unknown"),
+    ],
+)
+def test_fragments_that_do_not_cover_a_tensor_once_are_refused(spans, expected):
+    with pytest.raises(CheckpointError, match=expected):
+        assemble(pieces(*spans), SHAPES)

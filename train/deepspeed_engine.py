@@ -1,0 +1,356 @@
+"""How does DeepSpeed run our model? The engine of many ranks, and the one place that configures it.
+
+Every rank reads its share of the batch, and the loss of a pass is that pass's share of the whole
+step's (`moe.model.BatchTotals`): so gradients are sums over ranks, whatever each rank holds.
+DeepSpeed divides them by the number of ranks, which `backward` makes up for.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
+from train.config import RunConfig
+from train.engine import TensorGroups, build_optimizer, parameter_groups, refuse_misfits
+from train.errors import CheckpointError, ConfigError
+from train.expert_names import expert_name
+from train.expert_parallel import (
+    ExpertGroups,
+    expert_parallel_layer,
+    gather,
+    is_expert,
+    split_expert_groups,
+)
+from train.fragments import (
+    Part,
+    fill,
+    gradient_of,
+    held_parts,
+    local_shape,
+    moments_of,
+    split_part,
+)
+from train.packing import Batch
+from train.ranks import Ranks
+
+# What `derive_config` sets, and where the user says it instead.
+DERIVED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "zero_allow_untested_optimizer": "optimizer",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "expert_parallel": "parallel.expert_parallel_size",
+}
+
+
+def derive_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours where we have a setting, the user's `deepspeed:` beside it.
+
+    Raises:
+        ConfigError: if `deepspeed:` sets what follows from our settings, or the batch does not
+            divide among the ranks.
+    """
+    user = copy.deepcopy(config.deepspeed)
+    problems = []
+    for path, setting in DERIVED.items():
+        *above, key = path.split(".")
+        place: Any = user
+        for name in above:
+            place = place.get(name, {}) if isinstance(place, dict) else {}
+        if isinstance(place, dict) and key in place:
+            problems.append(
+                f"deepspeed.{path} ({place[key]}) follows from {setting}: leave it out, and set "
+                f"{setting}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    passes = config.micro_batches_per_rank(ranks.world_size)
+    stage = config.parallel.zero_stage
+    clip = config.optimizer.gradient_clip
+    derived: dict[str, Any] = {
+        "train_batch_size": config.training.batch_size,
+        "train_micro_batch_size_per_gpu": config.training.batch_size // ranks.world_size // passes,
+        "gradient_accumulation_steps": passes,
+        # At stage 0 DeepSpeed's norm counts one rank's experts for all: there we clip ourselves.
+        "gradient_clipping": clip if clip is not None and stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {
+            "enabled": precision == "bfloat16",
+            "dtype": "bfloat16",
+            # None: gradients travel in float32.
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    zero = {"stage": stage, **user.pop("zero_optimization", {})}
+    return {**derived, "zero_optimization": zero, **user}
+
+
+def build_deepspeed_engine(
+    config: RunConfig,
+    model_config: ModelConfig,
+    ranks: Ranks,
+    device: str,
+    precision: str,
+    kernels: str,
+) -> "DeepSpeedEngine":
+    """Model, groups and engine of this rank; the process group is joined already."""
+    if device == "cuda":
+        device = f"cuda:{ranks.local_rank}"
+    parallel = config.parallel
+    groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes)
+    with torch.device(device):
+        model = MoETransformer(model_config, moe_layer=expert_parallel_layer(groups))
+    init_weights(model, config.seed)
+    return DeepSpeedEngine(model, config, ranks, groups, device, precision, kernels)
+
+
+class DeepSpeedEngine:
+    """Many ranks: ZeRO stages 0 to 3, experts shared out. See `train.engine.Engine`."""
+
+    shared_out = True
+
+    def __init__(
+        self,
+        model: MoETransformer,
+        config: RunConfig,
+        ranks: Ranks,
+        groups: ExpertGroups,
+        device: str,
+        precision: str,
+        kernels: str,
+    ):
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.model, self.device = model, torch.device(device)
+        self.precision, self.kernels = precision, kernels
+        self.groups, self.stage = groups, config.parallel.zero_stage
+        self.gradient_clip = config.optimizer.gradient_clip
+        model.activation_checkpointing = config.training.activation_checkpointing
+        param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
+        optimizer = build_optimizer(param_groups, config.optimizer)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=list(model.parameters()),
+            config=derive_config(config, ranks, precision),
+            dist_init_required=False,
+        )
+        if config.model.moe_layers and not self.engine.has_moe_layers:
+            raise RuntimeError("DeepSpeed does not see the model's experts")
+
+    def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
+        """One forward pass over a micro-batch of this rank."""
+        return self.engine(
+            batch.input_ids.to(self.device, non_blocking=True),
+            batch.labels.to(self.device, non_blocking=True),
+            batch.document_ids.to(self.device, non_blocking=True),
+            totals=totals,
+        )
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch's share of the step's loss."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients of all parameters on all ranks, () float32."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in held_parts(self.engine, self.stage):
+            gradient = gradient_of(self.stage, part)
+            if gradient is None:
+                continue
+            # Stage 0 holds whole gradients: everything but experts on every rank, these on each
+            # rank of an expert-data group. From stage 1 on each number is on one rank.
+            copies = 1
+            if self.stage == 0:
+                copies = self.world_size // (self.groups.size if is_expert(part.parameter) else 1)
+            total += gradient.double().square().sum() / copies
+        return self.all_reduce(total).sqrt().float()
+
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
+        """Clip to `optimizer.gradient_clip` and update the weights."""
+        clip = self.gradient_clip
+        if self.stage == 0 and clip is not None and float(gradient_norm) > clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, gradient_norm)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, those of a dropped step too."""
+        optimizer = self.engine.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage in (1, 2):
+            for group in list(optimizer.averaged_gradients):
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+            optimizer.micro_step_id = -1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks."""
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is True on any rank, the same answer on all."""
+        flags = torch.tensor(int(flag), device=self.device)
+        return bool(self.all_reduce(flags))
+
+    def from_rank_0(self, x: Tensor) -> Tensor:
+        """What rank 0 has there."""
+        x = x.contiguous()
+        dist.broadcast(x, 0)
+        return x
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, in their order, on every rank."""
+        return gather(value)
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names of the weights, on any rank, that hold inf or NaN, in the order of the forward."""
+        parts = held_parts(self.engine, self.stage)
+        return self._nonfinite((part, part.weights) for part in parts)
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Names of the weights whose gradient holds inf or NaN, in the same order."""
+        parts = held_parts(self.engine, self.stage)
+        return self._nonfinite((part, gradient_of(self.stage, part)) for part in parts)
+
+    def _nonfinite(self, parts: Iterable[tuple[Part, Tensor | None]]) -> list[str]:
+        here = [
+            fragment.name
+            for part, values in parts
+            if values is not None and not torch.isfinite(values).all()
+            for fragment in split_part(part, self._first_expert, values)
+            if not torch.isfinite(fragment.values).all()
+        ]
+        found = {name for names in self.gather(here) for name in names}
+        return [name for name in self.state_shapes() if name in found]
+
+    @property
+    def _first_expert(self) -> int:
+        """Global number of the first expert of each layer on this rank."""
+        moe = self.model.config.moe
+        return self.groups.rank * (moe.num_experts // self.groups.size)
+
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of all weights of the whole model, in the order of the forward pass."""
+        shapes = {}
+        for name, parameter in self.model.named_parameters():
+            shape = local_shape(parameter)
+            if expert_name(name, 0) is None:
+                shapes[name] = shape
+                continue
+            for expert in range(self.model.config.moe.num_experts):
+                shapes[expert_name(name, expert) or name] = shape[1:]
+        return shapes
+
+    def state_tensors(self) -> TensorGroups:
+        """This rank's fragments of weights and moments, `NAME@START`; rank 0's buffers too."""
+        weights, moments = {}, {}
+        for number, part in enumerate(held_parts(self.engine, self.stage)):
+            if not self._writes(part, number):
+                continue
+            for name, start, values in split_part(part, self._first_expert, part.weights):
+                weights[f"{name}@{start}"] = values
+            for key, value in moments_of(self._optimizer, part).items():
+                if value.dim():
+                    for name, start, values in split_part(part, self._first_expert, value):
+                        moments[f"{name}:{key}@{start}"] = values
+                elif part.start == 0 and (self.groups.rank == 0 or not is_expert(part.parameter)):
+                    moments[f"{part.name}:{key}"] = value
+        if self.rank == 0:
+            parameters = dict(self.model.named_parameters())
+            buffers = self.model.state_dict().items()
+            weights |= {name: value for name, value in buffers if name not in parameters}
+        return {"model": weights, "optimizer": moments}
+
+    def gradient_tensors(self) -> dict[str, Tensor]:
+        """This rank's fragments of the gradients, for tests; see `state_tensors`."""
+        found = {}
+        for number, part in enumerate(held_parts(self.engine, self.stage)):
+            gradient = gradient_of(self.stage, part)
+            if gradient is not None and self._writes(part, number):
+                for name, start, values in split_part(part, self._first_expert, gradient):
+                    found[f"{name}@{start}"] = values
+        return found
+
+    def _writes(self, part: Part, number: int) -> bool:
+        """Whether this rank writes a part. At stage 0 others hold the same one, and share it."""
+        if self.stage > 0:
+            return True
+        if is_expert(part.parameter):
+            size = self.groups.size
+            return number % (self.world_size // size) == self.rank // size
+        return number % self.world_size == self.rank
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """PyTorch's, inside DeepSpeed's."""
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    def load_state_tensors(self, groups: TensorGroups) -> None:
+        """Restore from whole tensors, whichever engine they are of.
+
+        Raises:
+            CheckpointError: if names or shapes differ.
+        """
+        weights = dict(groups["model"])
+        shapes = self.state_shapes()
+        buffers = dict(self.model.named_buffers())
+        buffers = {name: buffers[name] for name in self.model.state_dict() if name in buffers}
+        wanted = shapes | {name: value.shape for name, value in buffers.items()}
+        refuse_misfits(weights, wanted, "checkpoint does not fit the model")
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, value in groups["optimizer"].items():
+            of, _, key = name.rpartition(":")
+            moments.setdefault(key, {})[of] = value
+        for key, by_name in moments.items():
+            if key != "step":
+                refuse_misfits(by_name, shapes, f"optimizer state {key}")
+        with torch.no_grad():
+            for name, value in buffers.items():
+                value.copy_(weights[name])
+            if self.stage in (1, 2):
+                for whole_name, parameter in self.model.named_parameters():
+                    whole = Part(whole_name, parameter, 0, parameter.view(-1), parameter, 0)
+                    fill(whole, parameter.view(-1), weights, self._first_expert)
+            for part in held_parts(self.engine, self.stage):
+                fill(part, part.weights, weights, self._first_expert)
+                if self.stage == 3:
+                    held = part.parameter.ds_tensor.view(-1)[: part.weights.numel()]
+                    held.copy_(part.weights)
+                self._load_moments(part, moments)
+
+    def _load_moments(self, part: Part, moments: dict[str, dict[str, Tensor]]) -> None:
+        state = self._optimizer.state[part.flat]
+        for key, by_name in moments.items():
+            if key == "step":
+                if part.name not in by_name:
+                    raise CheckpointError(f"optimizer state step: {part.name} is missing")
+                state[key] = by_name[part.name].clone().to(self.device)
+                continue
+            if key not in state:
+                state[key] = torch.zeros_like(part.flat, requires_grad=False)
+            values = moments_of(self._optimizer, part)[key]
+            fill(part, values, by_name, self._first_expert)

@@ -1,0 +1,201 @@
+"""How are experts shared out over ranks, and how does DeepSpeed know?
+
+World W, expert parallelism N. Ranks r, r+1, ..., r+N-1 with r a multiple of N form an expert group:
+each holds E/N experts of every layer, and they exchange tokens. Ranks with the same place in their
+groups hold the same experts: their expert-data group sums these experts' gradients.
+
+    W 4, N 2        rank 0           rank 1           rank 2           rank 3
+    experts         0 .. E/2-1       E/2 .. E-1       0 .. E/2-1       E/2 .. E-1
+    expert groups   [0 1] exchange tokens             [2 3]
+    expert-data     [0 2] sum the gradients of the first half, [1 3] of the second
+    data            [0 1 2 3] sum the gradients of everything else
+
+DeepSpeed finds a layer by its class alone (`AutoEPMoELayer`), and its experts by attributes of
+three parameters w1, w2, w3: what stands here follows deepspeed 0.19 and is held by one test.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.dispatcher import expert_parallel_dispatch, local_dispatch
+from moe.layer import MoELayer
+from moe.routing import Routing
+from moe.variants import load_variant
+from train.errors import StalledError
+from train.ranks import Ranks
+
+# What gloo says of a peer that has ended, and of one that does not answer.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out")
+
+
+def connect(device: str, ranks: Ranks, timeout_minutes: float) -> None:
+    """Join the other ranks. On a CPU nothing is compiled for it.
+
+    Args: timeout_minutes: of every operation between ranks.
+    """
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Of PyTorch's collectives that DeepSpeed calls by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    # An all-reduce for inference, for which DeepSpeed would compile C++ at its first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "gloo" if device == "cpu" else "nccl"
+    if device == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+
+
+def disconnect() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peer_errors(rank: int) -> Iterator[None]:
+    """What PyTorch raises where another rank is gone or does not answer, as one line.
+
+    Raises:
+        StalledError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, dist.DistError) or any(phrase in text for phrase in _LOST)
+        if not lost:
+            raise
+        raise StalledError(
+            f"rank {rank}: another rank is gone or has not answered ({text.splitlines()[0]}); "
+            f"its own last words stand above, or in its exit_rank_N.json; run again to go on from "
+            f"the last checkpoint"
+        ) from error
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in their order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class ExpertGroups:
+    """The expert and expert-data groups of this process; made once for each size.
+
+    Attributes:
+        size: N. name: DeepSpeed's. rank: this process's place in its expert group.
+        group, data_group: its expert group and its expert-data group.
+    """
+
+    def __init__(self, size: int, timeout_minutes: float):
+        from deepspeed.utils import groups
+
+        self.size, self.name = size, f"ep_size_{size}"
+        if self.name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(size)
+        self.group = groups._get_expert_parallel_group(self.name)
+        self.data_group = groups._get_expert_data_parallel_group(self.name)
+        self.rank = groups._get_expert_parallel_rank(self.name)
+        for group in (self.group, self.data_group):
+            # DeepSpeed gives them the default of 30 minutes.
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
+
+
+def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
+    """The MoELayer of a model whose experts are shared out over `groups`."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class ExpertParallelMoELayer(MoELayer, AutoEPMoELayer):
+        """Routed experts, of which this process holds an equal share. DeepSpeed's own constructor
+        and forward are not used."""
+
+        def __init__(self, config: ModelConfig):
+            MoELayer.__init__(self, config)
+            self.num_experts = config.moe.num_experts
+            self.ep_size, self.ep_rank = groups.size, groups.rank
+            self.ep_group_name, self.ep_group = groups.name, groups.group
+            _mark_parameters(self, self.num_experts, groups)
+
+        def build_experts(self, config: ModelConfig) -> nn.Module:
+            moe = config.moe
+            self.num_local_experts = moe.num_experts // groups.size
+            self.first_expert = groups.rank * self.num_local_experts
+            module = load_variant("experts", moe.experts.name)
+            return module.Experts(
+                moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size
+            )
+
+        def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
+            if groups.size == 1:
+                return local_dispatch(self.experts, x, routing, backend=self.backend)
+            return expert_parallel_dispatch(
+                self.experts, x, routing, groups.group, backend=self.backend
+            )
+
+        def forward(self, x: Tensor, context: Any) -> tuple[Tensor, Routing]:
+            return MoELayer.forward(self, x, context)
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """Called by the engine; the groups are known already."""
+
+    return ExpertParallelMoELayer
+
+
+def _mark_parameters(layer: Any, num_experts: int, groups: ExpertGroups) -> None:
+    """Tell DeepSpeed which parameters are experts, and which experts they are."""
+    from deepspeed.checkpoint import autoep_affine, constants
+
+    placement = autoep_affine.legacy_uniform_autoep_placement_descriptor(
+        num_experts, num_experts // groups.size, groups.size
+    )
+    layer.expert_placement_descriptor = placement
+    for parameter in layer.experts.parameters():
+        shape = [num_experts, *parameter.shape[1:]]
+        affine = autoep_affine.autoep_placement_to_affine_map(placement, shape)
+        here = autoep_affine.autoep_experts_for_rank(placement, groups.rank)
+        facts = {
+            constants.AUTOEP_EXPERT_PLACEMENT: placement,
+            constants.AFFINE_MAP: affine.to_dict(),
+            constants.AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+            constants.AUTOEP_PARAM_EP_RANK: groups.rank,
+            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(here),
+        }
+        setattr(parameter, constants.DS_AUTOEP_UC_META, facts)
+        parameter.allreduce, parameter.group_name = False, groups.name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_group_name = groups.name
+    experts = {id(parameter) for parameter in layer.experts.parameters()}
+    for parameter in layer.parameters():
+        if id(parameter) not in experts:
+            parameter.allreduce, parameter.ds_zero_placement_family = True, "replicated"
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether other ranks hold other experts in place of this parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def expert_ranks(ranks: Ranks, size: int) -> tuple[int, int]:
+    """(place in the expert group, place in the expert-data group) of a rank."""
+    return ranks.rank % size, ranks.rank // size
+
+
+def split_expert_groups(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimizer groups in which experts and everything else are apart, as DeepSpeed wants them."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    named = [{**group, "name": f"group_{i}"} for i, group in enumerate(param_groups)]
+    split = split_params_into_different_moe_groups_for_optimizer(named)
+    return [group for group in split if group["params"]]

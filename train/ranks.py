@@ -1,0 +1,89 @@
+"""Which rank is this process, among how many? What a launcher says in the environment.
+
+`deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without
+them the program is the only process.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from train.config import RunConfig
+from train.errors import ConfigError, RunError
+
+_PATIENCE_SECONDS = 5.0
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks(NamedTuple):
+    """This process among all: `rank` of `world_size`, the `local_rank`-th of its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """What the launcher that started this process says; None without one.
+
+    Raises:
+        ConfigError: if it says only a part of it, or no numbers.
+    """
+    found = [name for name in _VARIABLES if environment.get(name)]
+    # A shell may hold WORLD_SIZE or MASTER_ADDR for other reasons; a launcher sets these two.
+    if "RANK" not in found and "LOCAL_RANK" not in found:
+        return None
+    missing = [name for name in _VARIABLES if name not in found]
+    if missing:
+        raise ConfigError(
+            f"the environment has {', '.join(found)} but not {', '.join(missing)}: start with "
+            f"`deepspeed --module` or `torchrun`, or unset them to run one process"
+        )
+    values = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not environment[name].isascii() or not environment[name].isdigit():
+            raise ConfigError(f"the environment's {name} ({environment[name]!r}) is no number")
+        values[name] = int(environment[name])
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise ConfigError(
+            f"the environment's RANK ({values['RANK']}) must be below WORLD_SIZE "
+            f"({values['WORLD_SIZE']})"
+        )
+    return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"])
+
+
+@contextlib.contextmanager
+def first_rank_first(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """A block that fails on every rank alike: rank 0 says it, and the launcher ends the others,
+    which speak after a while if there is none."""
+    try:
+        yield
+    except RunError:
+        if environment.get("RANK", "0") != "0":
+            time.sleep(_PATIENCE_SECONDS)
+        raise
+
+
+def check_layout(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse what cannot be shared out over these ranks.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    size, moe = config.parallel.expert_parallel_size, config.model.moe
+    problems = []
+    if ranks.world_size % size:
+        problems.append(
+            f"parallel.expert_parallel_size ({size}) must divide the number of ranks "
+            f"({ranks.world_size}); lower it, or start a multiple of {size} ranks"
+        )
+    if config.model.moe_layers and moe.num_experts % size:
+        problems.append(
+            f"parallel.expert_parallel_size ({size}) must divide model.moe.num_experts "
+            f"({moe.num_experts}); change one of them"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config.micro_batches_per_rank(ranks.world_size)
