@@ -6,7 +6,6 @@ and the moments agree.
 """
 
 import itertools
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,41 @@ def covering_cases(world: int) -> list[dict[str, Any]]:
     ]
 
 
+def other_models() -> list[dict[str, Any]]:
+    """Models in which a parameter is shared, or none is an expert, over two ranks."""
+    tied = {"model.tie_embeddings": True}
+    dense = {"model.feed_forward": "dense", "model.moe": ...}
+    return [
+        case("sgd", size, stage, clip=True, passes=3, recompute=False, world=2) | model
+        for model, size, stages in ((tied, 2, (0, 1, 2, 3)), (dense, 1, (0, 3)))
+        for stage in stages
+    ]
+
+
+def planted_faults() -> list[dict[str, Any]]:
+    """Cases that `run_case` spoils, and that must not pass."""
+    fine = case("sgd", 2, 1, clip=False, passes=1, recompute=False, world=2)
+    clipped = case("sgd", 2, 0, clip=True, passes=1, recompute=False, world=2)
+    return [fine | {"planted": "scale"}, clipped | {"planted": "norm"}]
+
+
 def settings_of(changes: dict[str, Any]) -> RunConfig:
-    changed = {key: value for key, value in changes.items() if key != "optimizer"}
-    return make_config(Path("unused"), CALM | changed)
+    changed = {key: value for key, value in changes.items() if key not in ("optimizer", "planted")}
+    calm = CALM
+    if "model.moe" in changed:
+        # Settings of experts would have no effect.
+        calm = {key: value for key, value in CALM.items() if not key.startswith("model.moe.")}
+    return make_config(Path("unused"), calm | changed)
+
+
+def plant(engine: Any, fault: str | None) -> None:
+    """Spoil the engine: gradients of one rank too small, or the norm a little."""
+    if fault == "scale":
+        backward = engine.backward
+        engine.backward = lambda loss, last: backward(loss / (1 + engine.rank), last=last)
+    if fault == "norm":
+        norm = engine.gradient_norm
+        engine.gradient_norm = lambda: norm() * 0.99
 
 
 def uneven(batches: list[Batch], rank: int) -> list[Batch]:
@@ -96,7 +127,9 @@ def uneven(batches: list[Batch], rank: int) -> list[Batch]:
     return batches
 
 
-def run_case(config: RunConfig, optimizer: str, text: Any, ranks: Ranks | None) -> dict[str, Any]:
+def run_case(
+    config: RunConfig, optimizer: str, text: Any, ranks: Ranks | None, fault: str | None = None
+) -> dict[str, Any]:
     """Losses, norms and counts of the steps; first gradients, first moments and last weights."""
     import train.deepspeed_engine
     import train.engine
@@ -111,6 +144,7 @@ def run_case(config: RunConfig, optimizer: str, text: Any, ranks: Ranks | None) 
             )
     engine = train.engine.build_engine(config, config.model, ranks=ranks)
     patch.undo()
+    plant(engine, fault)
     loader = TrainLoader(text, config.training.seq_len, config.seed)
     found: dict[str, Any] = {"metrics": []}
     real_step = engine.step
@@ -134,21 +168,29 @@ def run_case(config: RunConfig, optimizer: str, text: Any, ranks: Ranks | None) 
 
 def run_cases(ranks: Ranks, cases: list[dict[str, Any]], text: Any) -> list[dict[str, Any]] | None:
     """On each rank: every case; rank 0 has the results."""
-    results = [run_case(settings_of(each), each["optimizer"], text, ranks) for each in cases]
+    results = [
+        run_case(settings_of(each), each["optimizer"], text, ranks, each.get("planted"))
+        for each in cases
+    ]
     return results if ranks.rank == 0 else None
 
 
-@cache
-def reference(optimizer: str, clip: float | None, micro_batch_size: int) -> dict[str, Any]:
+_references: dict[str, dict[str, Any]] = {}
+
+
+def reference(changes: dict[str, Any]) -> dict[str, Any]:
     """The same steps in this process, by itself and without DeepSpeed."""
-    changes = {"optimizer": optimizer, "optimizer.gradient_clip": clip}
-    changes["training.micro_batch_size"] = micro_batch_size
-    return run_case(settings_of(changes), optimizer, data(), None)
+    other = ("parallel.", "planted", "training.activation")
+    changes = {key: value for key, value in changes.items() if not key.startswith(other)}
+    key = repr(changes)
+    if key not in _references:
+        optimizer = changes["optimizer"]
+        _references[key] = run_case(settings_of(changes), optimizer, data(), None)
+    return _references[key]
 
 
 def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
-    micro_batch_size = changes["training.micro_batch_size"]
-    expected = reference(changes["optimizer"], changes["optimizer.gradient_clip"], micro_batch_size)
+    expected = reference(changes)
     sgd = changes["optimizer"] == "sgd"
     for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
         tolerance = 1e-6 if sgd else 1e-5
@@ -179,12 +221,19 @@ def name_of(changes: dict[str, Any]) -> str:
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_take_the_steps_of_one_process(world):
     cases = covering_cases(world)
-    (results, *_) = run_ranks(world, run_cases, cases, data(), seconds=240)
-    for changes, found in zip(cases, results, strict=True):
+    faults = []
+    if world == 2:
+        cases += other_models()
+        faults = planted_faults()
+    (results, *_) = run_ranks(world, run_cases, cases + faults, data(), seconds=240)
+    for changes, found in zip(cases, results, strict=False):
         try:
             check(changes, found)
         except AssertionError as error:
             raise AssertionError(f"{name_of(changes)}: {error}") from error
+    for changes, found in zip(faults, results[len(cases) :], strict=True):
+        with pytest.raises(AssertionError):
+            check(changes, found)
 
 
 @pytest.mark.slow

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
 from train.config import RunConfig
-from train.engine import TensorGroups, build_optimizer, parameter_groups, refuse_misfits
+from train.engine import (
+    TensorGroups,
+    build_optimizer,
+    model_state,
+    parameter_groups,
+    refuse_misfits,
+)
 from train.errors import CheckpointError, ConfigError
 from train.expert_names import expert_name
 from train.expert_parallel import (
@@ -280,10 +286,14 @@ class DeepSpeedEngine:
                 elif part.start == 0 and (self.groups.rank == 0 or not is_expert(part.parameter)):
                     moments[f"{part.name}:{key}"] = value
         if self.rank == 0:
-            parameters = dict(self.model.named_parameters())
-            buffers = self.model.state_dict().items()
-            weights |= {name: value for name, value in buffers if name not in parameters}
+            weights |= self._buffers()
         return {"model": weights, "optimizer": moments}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers, such as router biases: the same on every rank."""
+        parameters = dict(self.model.named_parameters())
+        state = model_state(self.model).items()
+        return {name: value for name, value in state if name not in parameters}
 
     def gradient_tensors(self) -> dict[str, Tensor]:
         """This rank's fragments of the gradients, for tests; see `state_tensors`."""
@@ -317,8 +327,7 @@ class DeepSpeedEngine:
         """
         weights = dict(groups["model"])
         shapes = self.state_shapes()
-        buffers = dict(self.model.named_buffers())
-        buffers = {name: buffers[name] for name in self.model.state_dict() if name in buffers}
+        buffers = self._buffers()
         wanted = shapes | {name: value.shape for name, value in buffers.items()}
         refuse_misfits(weights, wanted, "checkpoint does not fit the model")
         moments: dict[str, dict[str, Tensor]] = {}

@@ -187,7 +187,7 @@ class PlainEngine:
                 for name, part in (parts or {parameter_name: value}).items():
                     moments[f"{name}:{key}"] = part
         weights: dict[str, Tensor] = {}
-        for name, value in self.model.state_dict().items():
+        for name, value in model_state(self.model).items():
             weights.update(split_experts(name, value))
         return {"model": weights, "optimizer": moments}
 
@@ -257,6 +257,13 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     ]
 
 
+def model_state(model: MoETransformer) -> dict[str, Tensor]:
+    """What a checkpoint has of a model: parameters, tied ones once, and persistent buffers."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
 def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
     """Fill a model from the `model` group of a checkpoint.
 
@@ -264,7 +271,7 @@ def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
         CheckpointError: if a name is missing, unknown, or has another shape or dtype.
     """
     state = join_experts(tensors)
-    current = model.state_dict()
+    current = model_state(model)
     problems = [f"{name} is missing" for name in current if name not in state]
     problems += [f"{name} is unknown to this model" for name in state if name not in current]
     for name in current.keys() & state.keys():
@@ -276,7 +283,7 @@ def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
             )
     if problems:
         raise CheckpointError("checkpoint does not fit the model: " + "; ".join(problems[:5]))
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
