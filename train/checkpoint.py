@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -55,9 +55,11 @@ __all__ = [
     "changed_settings",
     "find_checkpoint",
     "load_checkpoint",
+    "newest_checkpoint",
     "rank_group",
     "refuse_changes",
     "save_checkpoint",
+    "sound_path",
     "verify_checkpoint",
 ]
 
@@ -65,6 +67,7 @@ __all__ = [
 Gather = Callable[[Any], list[Any]]
 # Size and SHA-256 of each file written.
 Files = dict[str, tuple[int, str]]
+T = TypeVar("T")
 # Room beyond the tensors themselves: headers, JSON and what the file system adds.
 _SPARE_BYTES = 1 << 20
 
@@ -261,7 +264,28 @@ def _list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def find_checkpoint(
     run_dir: Path, resume: Literal["auto", "never", "must"], warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """Load the newest sound checkpoint of a run, an older one where the newest is damaged.
+    """Load the newest sound checkpoint of a run, see `newest_checkpoint`."""
+    return newest_checkpoint(run_dir, resume, warn, load_checkpoint)
+
+
+def sound_path(path: Path) -> Path:
+    """The path itself, if the checkpoint there is sound.
+
+    Raises:
+        CheckpointError: if it is damaged; the message names the files.
+    """
+    if problems := verify_checkpoint(path):
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+    return path
+
+
+def newest_checkpoint(
+    run_dir: Path,
+    resume: Literal["auto", "never", "must"],
+    warn: Callable[[str], None],
+    load: Callable[[Path], T],
+) -> T | None:
+    """`load` the newest sound checkpoint of a run, an older one where the newest is damaged.
 
     It only reads, so it may look into the directory of a run that is under way.
 
@@ -269,6 +293,7 @@ def find_checkpoint(
         resume: `auto` begins anew when there is none; `must` refuses that; `never` refuses a
             directory that already has checkpoints.
         warn: told of each damaged checkpoint passed over, and of a wrong `latest`.
+        load: raises CheckpointError where a checkpoint is damaged.
     Returns:
         None when the run begins anew.
     Raises:
@@ -295,7 +320,7 @@ def find_checkpoint(
     damaged = []
     for step, path in listed:
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load(path)
         except CheckpointError as error:
             damaged.append(str(error))
             if path != listed[-1][1]:

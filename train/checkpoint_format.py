@@ -15,7 +15,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {name}: {error}") from error
     try:
-        state = _parse_json((path / STATE).read_bytes())
+        state = parse_json((path / STATE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {STATE}: {error}") from error
     try:
@@ -107,6 +107,12 @@ def rank_group(group: str, rank: int) -> str:
     return f"{group}_rank_{rank:05d}"
 
 
+def whole_group(part: str) -> str:
+    """Name of the group that `part` is, or is one rank's part of."""
+    match = _RANK_PART.fullmatch(part)
+    return part if match is None else match[1]
+
+
 def join_ranks(
     tensors: dict[str, dict[str, Tensor]], shapes: Mapping[str, torch.Size]
 ) -> dict[str, dict[str, Tensor]]:
@@ -119,16 +125,16 @@ def join_ranks(
     joined: dict[str, dict[str, Tensor]] = {}
     fragments: dict[str, list[Fragment]] = {}
     for part, named in tensors.items():
-        match = _RANK_PART.fullmatch(part)
-        if match is None or match[1] not in FRAGMENTED:
+        whole = whole_group(part)
+        if part == whole or whole not in FRAGMENTED:
             joined[part] = named
             continue
-        group = joined.setdefault(match[1], {})
+        group = joined.setdefault(whole, {})
         for key, values in named.items():
             name, found, start = key.rpartition("@")
             if found:
                 fragment = Fragment(name, int(start), values)
-                fragments.setdefault(match[1], []).append(fragment)
+                fragments.setdefault(whole, []).append(fragment)
             else:
                 group[key] = values
     for group_name, pieces in fragments.items():
@@ -183,7 +189,7 @@ def _compare(path: Path, expected: Mapping[str, Any]) -> str | None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raise ValueError unless each byte is as `render_manifest` wrote it and the fields fit."""
     text = (path / MANIFEST).read_bytes()
-    manifest = _parse_json(text)
+    manifest = parse_json(text)
     if _seal(manifest) != text:
         raise ValueError("changed since it was written")
     if manifest.get("format") != FORMAT:
@@ -227,27 +233,40 @@ def check_groups(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def safetensors_parts(named: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Yield a safetensors file of these tensors piece by piece."""
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in named.items()}
+    return stream_safetensors(kinds, lambda name: [named[name]])
+
+
+def stream_safetensors(
+    kinds: Mapping[str, tuple[torch.dtype, torch.Size]], read: Callable[[str], Iterable[Tensor]]
+) -> Iterator[Any]:
     """Yield a safetensors file piece by piece: header length (8 bytes), JSON header, raw tensors.
 
     Not `safetensors.save_file`: its errors carry no errno, and it needs all tensors contiguous and
     unshared at once, where here one at a time is copied. Widest dtypes first keeps each aligned.
+
+    Args:
+        kinds: dtype and shape of each tensor. read: the values of one, in one piece or several.
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
-    ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header, end = {}, 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
+    for name in ordered:
+        dtype, shape = kinds[name]
+        start, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        values = tensor.detach().cpu().contiguous().resolve_neg()
-        yield values.reshape(-1).view(torch.uint8).numpy()
+    for name in ordered:
+        for tensor in read(name):
+            values = tensor.detach().cpu().contiguous().resolve_neg()
+            yield values.reshape(-1).view(torch.uint8).numpy()
 
 
 def render_manifest(step: int, files: Mapping[str, tuple[int, str]]) -> bytes:
@@ -287,7 +306,7 @@ def _check_json(value: Any, where: str) -> None:
         raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
-def _parse_json(text: bytes) -> dict[str, Any]:
+def parse_json(text: bytes) -> dict[str, Any]:
     """Parse a JSON object strictly: no NaN, no key twice. Raises ValueError or RecursionError."""
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)

@@ -129,17 +129,23 @@ def assemble(fragments: Iterable[Fragment], shapes: Mapping[str, torch.Size]) ->
         flat[start : start + values.numel()] = values
         pieces[name].append((start, start + values.numel()))
     for name, spans in pieces.items():
-        end = 0
-        for start, stop in sorted(spans):
-            if start != end:
-                problem = "are missing" if start > end else "come twice"
-                raise CheckpointError(
-                    f"{name}: numbers {min(start, end)} to {max(start, end)} {problem}"
-                )
-            end = stop
-        if end != shapes[name].numel():
-            raise CheckpointError(f"{name}: numbers {end} to {shapes[name].numel()} are missing")
+        check_cover(name, spans, shapes[name].numel())
     return {name: flat.view(shapes[name]) for name, flat in whole.items()}
+
+
+def check_cover(name: str, spans: Iterable[tuple[int, int]], size: int) -> None:
+    """Refuse spans (start, stop) that do not cover 0 to `size` exactly once.
+
+    Raises:
+        CheckpointError: saying what is missing or comes twice.
+    """
+    end = 0
+    for start, stop in [*sorted(spans), (size, size)]:
+        if start != end:
+            problem = "are missing" if start > end else "come twice"
+            between = f"{min(start, end)} to {max(start, end)}"
+            raise CheckpointError(f"{name}: numbers {between} {problem}")
+        end = stop
 
 
 def fill(part: Part, target: Tensor, tensors: Mapping[str, Tensor], first_expert: int) -> None:
