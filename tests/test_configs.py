@@ -8,7 +8,8 @@ from training_cases import ROOT, base_settings, checkpoint, work_dir
 
 from train.config import load_config
 from train.plan import make_plan
-from train.pretrain import main, planned_vocab_size, with_vocab_size
+from train.pretrain import main
+from train.tokenizer import planned_vocab_size, with_vocab_size
 
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 SMALL_PARAMETERS = 20e6

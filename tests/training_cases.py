@@ -31,8 +31,9 @@ from train.data import PreparedData, prepare_data
 from train.engine import PlainEngine, build_engine
 from train.metrics import StepMetrics
 from train.packing import Batch, TrainLoader
-from train.pretrain import main, with_vocab_size
+from train.pretrain import main
 from train.random_state import seed_all
+from train.tokenizer import with_vocab_size
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 8

@@ -27,8 +27,8 @@ from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights, num_parameters
 from train.config import RunConfig, load_config
 from train.errors import ConfigError
-from train.pretrain import with_vocab_size
 from train.program import guarded
+from train.tokenizer import with_vocab_size
 
 Step = Callable[[], object]
 WARM_UP = 5

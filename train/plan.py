@@ -1,25 +1,29 @@
-"""What will a run cost? Sizes, FLOPs and memory of a config, computed without training."""
+"""What will a run cost? Sizes, FLOPs and memory of a config, computed without training.
 
+python -m train.plan --config FILE [section.key=value ...] [--world-size N] [--gpu-memory GIB]
+"""
+
+import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
-from kernels.grouped_matmul import row_quantum
-from kernels.swiglu_experts import NARROW
 from moe.config import ModelConfig
 from moe.model import MoETransformer, ParameterCount, flops_per_token, num_parameters
-from train.config import RunConfig
-from train.errors import OutOfMemoryError
-from train.program import first_line, is_out_of_memory
+from train.activation_memory import activation_bytes
+from train.arguments import parse_arguments
+from train.config import RunConfig, dump_config, load_config
+from train.errors import ConfigError, OutOfMemoryError
+from train.layouts import describe_layouts, plan_layouts
+from train.program import first_line, guarded, is_out_of_memory
 from train.run_directory import format_bytes
+from train.tokenizer import planned_vocab_size, with_vocab_size
 
 _FLOAT32 = 4
-# Rows of (F,) that `kernels.swiglu_experts` keeps for each assignment, by its `save`.
-_KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 3}
 
 
 class Plan(NamedTuple):
@@ -150,95 +154,6 @@ def _fewer_activations(plan: Plan, config: RunConfig, model: ModelConfig) -> str
     return "; or ".join(ways)
 
 
-def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
-    """Bytes that the forward pass of one micro-batch keeps for its backward pass, on a CPU.
-
-    The residual stream is in float32; what enters a matmul in `compute_bytes`, the weights
-    included, of which bfloat16 needs copies. A test holds this to what PyTorch saves.
-    """
-    training, hidden = config.training, model.hidden_size
-    tokens = config.micro_batch_size * training.seq_len
-    blocks = [
-        tokens * _attention_bytes(model, training.seq_len, compute_bytes)
-        + tokens * _feed_forward_bytes(model, layer, compute_bytes)
-        + _weight_copy_bytes(model, layer, compute_bytes)
-        + _padding_bytes(model, layer, tokens, compute_bytes)
-        for layer in range(model.num_layers)
-    ]
-    kept = sum(blocks)
-    if training.activation_checkpointing:
-        # Each block keeps its input; one block at a time is computed again.
-        kept = tokens * _FLOAT32 * hidden * model.num_layers + max(blocks)
-    # The final norm's input, and the gradients that the fused cross entropy computes ahead.
-    assert model.vocab_size is not None
-    return (
-        kept + tokens * (_FLOAT32 + compute_bytes) * hidden + _FLOAT32 * model.vocab_size * hidden
-    )
-
-
-def _attention_bytes(model: ModelConfig, seq_len: int, c: int) -> int:
-    """Bytes a token of the norm and the attention of a block, c bytes a number in the matmuls."""
-    num_heads, num_kv_heads = model.attention.num_heads, model.num_kv_heads
-    q_size, kv_size = num_heads * model.head_dim, num_kv_heads * model.head_dim
-    # The norm's input and output; q, k, v and the output of the attention.
-    kept = (_FLOAT32 + c) * model.hidden_size + c * (2 * q_size + 2 * kv_size)
-    if model.attention.qk_norm != "none":
-        # Their inputs, and the inverse of each norm.
-        norms = num_heads + num_kv_heads if model.attention.qk_norm == "head" else 2
-        kept += c * (q_size + kv_size) + _FLOAT32 * norms
-    if seq_len > SHORT_KEYS:
-        # The flash kernel keeps a sum a head, and the mask of packed documents.
-        return kept + _FLOAT32 * num_heads + c * seq_len
-    # Probabilities, by blocks of queries that see the keys up to the block's end.
-    ends = range(BLOCK_QUERIES, seq_len + BLOCK_QUERIES, BLOCK_QUERIES)
-    seen = sum(min(end, seq_len) * (min(end, seq_len) - end + BLOCK_QUERIES) for end in ends)
-    return kept + c * num_heads * seen // seq_len
-
-
-def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """Bytes a token of the norm and the feed-forward part of a block."""
-    kept = (_FLOAT32 + c) * model.hidden_size
-    if not model.is_moe_layer(layer):
-        return kept + c * 4 * model.dense_intermediate_size
-    moe = model.moe
-    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")]
-    # What the experts keep, and their outputs.
-    kept += c * (widths * moe.intermediate_size + model.hidden_size) * model.top_k
-    kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
-    # The router's: its input in float32, that times the noise and the noise, logits and
-    # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
-    copies = (c < _FLOAT32) + 2 * (getattr(moe.router, "jitter", 0) > 0)
-    kept += copies * _FLOAT32 * model.hidden_size + 2 * _FLOAT32 * moe.num_experts
-    return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
-
-
-def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """Copies of weights that a block keeps: all that are multiplied in bfloat16; in float32, w1 and
-    w3 where they are stacked."""
-    moe = model.moe
-    if c == _FLOAT32:
-        stacked = model.is_moe_layer(layer) and moe.intermediate_size < NARROW
-        return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
-    heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths = model.dense_intermediate_size
-    if model.is_moe_layer(layer):
-        widths = moe.num_experts * moe.intermediate_size
-        widths += moe.num_shared_experts * model.shared_intermediate_size
-    return c * model.hidden_size * (heads * model.head_dim + 3 * widths)
-
-
-def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
-    """Of the rows that pad each expert's: half of `row_quantum` on average."""
-    if not model.is_moe_layer(layer):
-        return 0
-    moe = model.moe
-    factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
-    quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
-    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
-    widths += model.hidden_size
-    return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)
-
-
 def format_count(count: float) -> str:
     """`12.6 M`."""
     for unit in ("", " k", " M", " B"):
@@ -270,3 +185,43 @@ def describe_plan(plan: Plan) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--world-size", type=int, metavar="N", help="ranks that share it")
+        parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of a device")
+
+    options, overrides = parse_arguments(argv, __doc__ or "", add_options)
+
+    def program() -> int:
+        config = load_config(options.config, overrides)
+        if options.print_config:
+            print(dump_config(config), end="")
+            return 0
+        for name, value in (
+            ("--world-size", options.world_size),
+            ("--gpu-memory", options.gpu_memory),
+        ):
+            if value is not None and not 0 < value < 2**20:
+                raise ConfigError(f"{name} ({value}) must be above 0 and below {2**20}")
+        model = with_vocab_size(config.model, planned_vocab_size(config.tokenizer))
+        compute_bytes = 4 if config.training.precision == "float32" else 2
+        plan = make_plan(config, model, compute_bytes)
+        print(describe_plan(plan))
+        if options.world_size is not None:
+            memory = None if options.gpu_memory is None else int(options.gpu_memory * 2**30)
+            layouts = plan_layouts(
+                config, model, plan.parameters, options.world_size, compute_bytes
+            )
+            print(f"\neach of {options.world_size} ranks:")
+            print(describe_layouts(layouts, memory))
+        return 0
+
+    return guarded(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,7 +40,7 @@ from train.ranks import Ranks, check_layout, first_rank_first, launched_ranks
 from train.run_directory import replace_file, storage_errors
 from train.status import StatusLine
 from train.summary import render_summary, summarize
-from train.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
+from train.tokenizer import planned_vocab_size, with_vocab_size
 from train.validation import Evaluation, evaluate
 from train.watchdog import Watchdog, exit_recorded
 
@@ -116,31 +116,6 @@ def refuse_foreign_kernels() -> None:
             f"`import kernels` finds {found}, not this project's: the Hugging Face package of that "
             f"name must not be in the same environment (pip uninstall kernels)"
         )
-
-
-def planned_vocab_size(tokenizer: TokenizerConfig) -> int:
-    """The vocabulary that the tokenizer will have; a BPE of little text may end up smaller."""
-    if tokenizer.kind == "bytes":
-        return ByteTokenizer.vocab_size
-    if tokenizer.file is not None:
-        return load_tokenizer(Path(os.path.expanduser(tokenizer.file))).vocab_size
-    return tokenizer.vocab_size
-
-
-def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The model with a vocabulary: where it names none, the tokenizer's, in full multiples of 64.
-
-    Raises:
-        ConfigError: if it names a smaller one than the tokenizer has.
-    """
-    if model.vocab_size is None:
-        return model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
-    if model.vocab_size < vocab_size:
-        raise ConfigError(
-            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's "
-            f"({vocab_size}); leave it out to take that"
-        )
-    return model
 
 
 def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from moe.config import Count, Section
-from train.errors import DataError
+from moe.config import Count, ModelConfig, Section
+from train.errors import ConfigError, DataError
 from train.run_directory import replace_file
 from train.store import key_of, new_entry, read_entry
 
@@ -277,3 +277,28 @@ def tokenizer_for(
             trained.save(folder / "tokenizer.json")
             facts |= {"key": key, "vocab_size": trained.vocab_size}
     return load_tokenizer(entry / "tokenizer.json")
+
+
+def planned_vocab_size(tokenizer: TokenizerConfig) -> int:
+    """The vocabulary that the tokenizer will have; a BPE of little text may end up smaller."""
+    if tokenizer.kind == "bytes":
+        return ByteTokenizer.vocab_size
+    if tokenizer.file is not None:
+        return load_tokenizer(Path(os.path.expanduser(tokenizer.file))).vocab_size
+    return tokenizer.vocab_size
+
+
+def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model with a vocabulary: where it names none, the tokenizer's, in full multiples of 64.
+
+    Raises:
+        ConfigError: if it names a smaller one than the tokenizer has.
+    """
+    if model.vocab_size is None:
+        return model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
+    if model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({model.vocab_size}) must be at least the tokenizer's "
+            f"({vocab_size}); leave it out to take that"
+        )
+    return model
