@@ -51,3 +51,21 @@ def test_a_config_can_be_planned_and_if_small_takes_two_steps(path, tmp_path, ca
     assert main(["--config", str(path), *overrides(tmp_path / "run")]) == 0
     assert checkpoint(tmp_path / "run").step == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        # From the models' own papers and cards, in billions.
+        ("olmoe_1b_7b", 6.92, 1.28),
+        ("qwen3_30b_a3b", 30.5, 3.3),
+        ("mixtral_8x7b", 46.7, 12.9),
+    ],
+)
+def test_published_shapes_have_the_published_sizes(name, total, active):
+    config = load_config(ROOT / f"configs/models/{name}.yaml")
+    count = make_plan(config, config.model, 2).parameters
+    assert count.total / 1e9 == pytest.approx(total, rel=0.01)
+    # Papers count the embedding table as active, which a token only looks up a row of.
+    table = config.model.vocab_size * config.model.hidden_size
+    assert (count.active + table) / 1e9 == pytest.approx(active, rel=0.03)

@@ -7,6 +7,7 @@ DeepSpeed divides them by the number of ranks, which `backward` makes up for.
 
 import copy
 import logging
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,7 @@ from train.fragments import (
 )
 from train.packing import Batch
 from train.ranks import Ranks
+from train.run_directory import format_bytes
 
 # What `derive_config` sets, and where the user says it instead.
 DERIVED = {
@@ -127,6 +129,10 @@ def build_deepspeed_engine(
     return DeepSpeedEngine(model, config, ranks, groups, device, precision, kernels)
 
 
+# Rows of the table of ranks at the start.
+_MOST_ROWS = 17
+
+
 class DeepSpeedEngine:
     """Many ranks: ZeRO stages 0 to 3, experts shared out. See `train.engine.Engine`."""
 
@@ -162,6 +168,38 @@ class DeepSpeedEngine:
         )
         if config.model.moe_layers and not self.engine.has_moe_layers:
             raise RuntimeError("DeepSpeed does not see the model's experts")
+
+    def describe(self) -> str:
+        """A table of the ranks: where each runs, which experts it holds, with whom it shares."""
+        moe, size = self.model.config.moe, self.groups.size
+        held = sum(part.weights.numel() for part in held_parts(self.engine, self.stage))
+        facts = self.gather((socket.gethostname(), str(self.device), held))
+        rows: list[tuple[str, ...]] = [
+            ("rank", "machine", "device", "experts", "tokens with", "optimizer's weights")
+        ]
+        for rank, (machine, device, numbers) in enumerate(facts):
+            first = rank % size * (moe.num_experts // size)
+            group = rank - rank % size
+            rows.append(
+                (
+                    str(rank),
+                    machine,
+                    device,
+                    f"{first} to {first + moe.num_experts // size - 1}"
+                    if self.model.config.moe_layers
+                    else "none",
+                    f"ranks {group} to {group + size - 1}" if size > 1 else "nobody",
+                    format_bytes(4 * numbers),
+                )
+            )
+        if len(rows) > _MOST_ROWS:
+            rows = [*rows[:_MOST_ROWS], ("...",) * len(rows[0])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+        return f"{self.world_size} ranks, ZeRO stage {self.stage}:\n" + "\n".join(lines)
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch of this rank."""

@@ -80,6 +80,9 @@ class Engine(Protocol):
     def nonfinite_gradients(self) -> list[str]:
         """Names of the weights whose gradient holds inf or NaN, in the same order."""
 
+    def describe(self) -> str:
+        """What runs where, for a person."""
+
     def state_shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights of the whole model, in the order of the forward pass."""
 
@@ -111,6 +114,10 @@ class PlainEngine:
         model.activation_checkpointing = config.training.activation_checkpointing
         groups = parameter_groups(model, config.optimizer)
         self.optimizer = build_optimizer(groups, config.optimizer)
+
+    def describe(self) -> str:
+        """What runs where, for a person."""
+        return f"one process on {self.device}"
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch, on the engine's device."""

@@ -95,7 +95,8 @@ class Loop:
         self.window = LoadWindow()
         flops = flops_per_token(engine.model, config.training.seq_len)
         peak = peak_flops(engine.device)
-        self._utilisation = None if peak is None else flops / peak  # MFU of 1 token/s
+        # MFU of 1 token/s.
+        self._utilisation = None if peak is None else flops / (peak * engine.world_size)
         # Of this process: seconds of each step, and (step, mean validation loss) as evaluated.
         self.step_seconds: list[float] = []
         self.history: list[tuple[int, float]] = []

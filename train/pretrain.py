@@ -231,6 +231,10 @@ def announce(job: Job, status: StatusLine) -> None:
     else:
         for line in changed_settings(found.state["config"], config.model_dump(mode="json")):
             status.message(f"note: from here on {line}")
+    # Asked of all ranks, though one prints it.
+    description = engine.describe()
+    if engine.shared_out:
+        status.message(description)
     status.message(
         f"{'resuming at step ' + str(job.position.step) if found else 'starting'} on "
         f"{engine.device} in {engine.precision}, kernels: {engine.kernels}, output in "
