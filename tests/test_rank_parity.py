@@ -83,12 +83,17 @@ def covering_cases(world: int) -> list[dict[str, Any]]:
 
 
 def other_models() -> list[dict[str, Any]]:
-    """Models in which a parameter is shared, or none is an expert, over two ranks."""
+    """Models in which a parameter is shared, or none is an expert, and bfloat16; two ranks."""
     tied = {"model.tie_embeddings": True}
     dense = {"model.feed_forward": "dense", "model.moe": ...}
+    half = {"training.precision": "bfloat16"}
     return [
         case("sgd", size, stage, clip=True, passes=3, recompute=False, world=2) | model
-        for model, size, stages in ((tied, 2, (0, 1, 2, 3)), (dense, 1, (0, 3)))
+        for model, size, stages in (
+            (tied, 2, (0, 1, 2, 3)),
+            (dense, 1, (0, 3)),
+            (half, 2, (0, 1, 2, 3)),
+        )
         for stage in stages
     ]
 
@@ -191,6 +196,12 @@ def reference(changes: dict[str, Any]) -> dict[str, Any]:
 
 def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
     expected = reference(changes)
+    if "training.precision" in changes:
+        # Rounding decides here and there which expert a token gets: no closer than this.
+        for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+            assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=0.05)
+            assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
+        return
     sgd = changes["optimizer"] == "sgd"
     for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
         tolerance = 1e-6 if sgd else 1e-5

@@ -37,13 +37,25 @@ ENVIRONMENT = {
 class Launch:
     """`train.pretrain` under a launcher, in a session of its own that is gone in the end."""
 
-    def __init__(self, launcher: str, world: int, config: Path, *arguments: str, log: Path):
-        port = str(free_port())
+    def __init__(
+        self,
+        launcher: str,
+        world: int,
+        config: Path,
+        *arguments: str,
+        log: Path,
+        port: int | None = None,
+    ):
+        port = port or free_port()
         command = {
             "deepspeed": f"deepspeed.launcher.runner -q --no_local_rank --num_accelerators={world} "
             f"--master_port={port} --module",
             "torchrun": f"torch.distributed.run --nproc_per_node={world} "
             f"--master_addr=127.0.0.1 --master_port={port} -m",
+            # One of several nodes that are started by hand, `world` its number.
+            "node": f"deepspeed.launcher.runner -q --no_local_rank --no_ssh --node_rank={world} "
+            f"--hostfile={config.parent / 'hostfile'} --master_addr=127.0.0.1 "
+            f"--master_port={port} --module",
         }[launcher].split()
         self.log, self.config = log, config
         program = ["train.pretrain", "--config", str(config), *arguments]
@@ -101,10 +113,12 @@ def launch(tmp_path) -> Iterator[Any]:
     data()
     started: list[Launch] = []
 
-    def start(launcher: str, world: int, changes: dict[str, Any], *arguments: str) -> Launch:
+    def start(
+        launcher: str, world: int, changes: dict[str, Any], *arguments: str, port: int | None = None
+    ) -> Launch:
         config = write_config(tmp_path / "run", CALM | changes)
         log = tmp_path / f"log_{len(started)}.txt"
-        started.append(Launch(launcher, world, config, *arguments, log=log))
+        started.append(Launch(launcher, world, config, *arguments, log=log, port=port))
         return started[-1]
 
     yield start
@@ -136,6 +150,16 @@ def test_a_run_of_two_ranks_equals_that_of_one_process(launcher, launch, tmp_pat
     assert together["mean_loss"] == pytest.approx(alone["mean_loss"], rel=1e-5)
     assert together["samples"] == alone["samples"]
     assert exit_record(tmp_path / "run", 0) == {"rank": 0, "exit_code": 0, "message": ""}
+
+
+def test_two_nodes_started_by_hand_train_together(launch, tmp_path):
+    """Both on this machine; the hostfile names no machine that is there."""
+    (tmp_path / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    port, changes = free_port(), {"parallel.expert_parallel_size": 2}
+    nodes = [launch("node", number, changes, port=port) for number in (0, 1)]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].output() + nodes[1].output()
+    assert "2 ranks, ZeRO stage 1" in nodes[0].output()
+    assert checkpoint(tmp_path / "run").step == 8
 
 
 def test_a_stopped_run_goes_on_in_another_layout(launch, tmp_path):
