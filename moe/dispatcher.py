@@ -72,16 +72,26 @@ def expert_parallel_dispatch(
         backend: of the kernels.
     Returns:
         (T, D).
+    Raises:
+        ValueError: if N does not divide E.
     """
     size = dist.get_world_size(group)
-    plan = plan_dispatch(routing.topk_indices, routing.router_logits.shape[-1])
+    num_experts = routing.router_logits.shape[-1]
+    if num_experts % size:
+        raise ValueError(
+            f"expert_parallel_dispatch: group has {size} ranks, must divide the experts "
+            f"({num_experts})"
+        )
+    plan = plan_dispatch(routing.topk_indices, num_experts)
     ours = plan.tokens_per_expert  # (E,)
     theirs = torch.empty_like(ours)  # (E,): from rank 0 to each of our experts, from rank 1, ...
     counting = dist.all_to_all_single(theirs, ours, group=group, async_op=True)
     rows = permute(x, plan)  # (R, D), while the counts are under way
     counting.wait()
     send, receive = torch.stack([ours, theirs]).view(2, size, -1).sum(-1).tolist()
-    arrived = _AllToAll.apply(rows[: sum(send)], send, receive, group)
+    # Rows without an assignment stay here; no token asks for them.
+    staying = plan.num_rows - sum(send)
+    arrived = _AllToAll.apply(rows[: sum(send)] if staying else rows, send, receive, group)
     num_local = ours.numel() // size
     expert_of_row = torch.arange(num_local, device=x.device).repeat(size)
     expert_of_row = expert_of_row.repeat_interleave(theirs, output_size=sum(receive))
@@ -89,9 +99,9 @@ def expert_parallel_dispatch(
     ones = routing.topk_weights.new_ones(sum(receive), 1)
     done = _apply_experts(experts, arrived, local_plan, ones, backend)
     back = _AllToAll.apply(done, receive, send, group)
-    # Rows without an assignment stayed here; no token asks for them.
-    rows = torch.cat([back, back.new_zeros(plan.num_rows - sum(send), back.shape[1])])
-    return unpermute(rows, plan, routing.topk_weights)
+    if staying:
+        back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
+    return unpermute(back, plan, routing.topk_weights)
 
 
 class _AllToAll(torch.autograd.Function):

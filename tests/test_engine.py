@@ -61,7 +61,7 @@ def test_a_short_or_unknown_moment_is_refused(tmp_path):
         make_engine(config).load_state_tensors(groups)
     groups["optimizer"][name] = whole
     groups["optimizer"]["other.weight:exp_avg"] = whole
-    with pytest.raises(CheckpointError, match=r"other.weight is no weight of this model"):
+    with pytest.raises(CheckpointError, match=r"other.weight is unknown to this model"):
         make_engine(config).load_state_tensors(groups)
 
 

@@ -45,6 +45,14 @@ def test_a_missing_fragment_is_an_error(tmp_path, capsys):
     assert list(tmp_path.glob("*safetensors*")) == []
 
 
+def test_a_weight_that_no_rank_wrote_is_an_error(tmp_path, capsys):
+    state = {"shapes": {"w": [1], "v": [1]}}
+    tensors = {"model_rank_00000": {"w@0": torch.ones(1)}}
+    save_checkpoint(tmp_path / "run", 1, tensors, state, keep_last=1)
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "x.safetensors")]) == 4
+    assert "v: no file has it" in capsys.readouterr().err
+
+
 def test_wrong_places_are_errors(tmp_path, capsys):
     output = str(tmp_path / "model.safetensors")
     assert main([str(tmp_path / "nothing"), "--output", output]) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_cases import gathered_state, run_ranks
-from training_cases import checkpoint, data, make_config, run
+from training_cases import checkpoint, data, make_config, make_engine, run
 
 from train.config import RunConfig
 from train.packing import TrainLoader
@@ -66,7 +66,7 @@ def same_state(loaded: dict, saved: dict) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
-    """A run of one process, stopped at step 4 of 8, and a finished one beside it."""
+    """A finished run of one process with checkpoints at steps 4 and 8."""
     run_dir = tmp_path_factory.mktemp("ranks") / "run"
     assert run(run_dir, CALM) == 0
     return run_dir
@@ -98,3 +98,60 @@ def load_and_step_alone(config: RunConfig, run_dir: Path) -> list[float]:
         train_step(engine, read_step(loader, step, config, engine), step, config).lm_loss  # type: ignore[union-attr]
         for step in range(position.step, position.step + 4)
     ]
+
+
+def run_and_report(ranks: Ranks, folder: Path, layouts: list) -> list[dict]:
+    """Finish a run in each layout; the state that its engine then holds."""
+    import train.pretrain
+
+    states = []
+    build = train.pretrain.build_engine
+    for size, stage in layouts:
+        engines: list[Any] = []
+
+        def keep(*args: Any, kept: list[Any] = engines, **kwargs: Any) -> Any:
+            kept.append(build(*args, **kwargs))
+            return kept[-1]
+
+        train.pretrain.build_engine = keep
+        config = config_of(folder / f"run_{size}_{stage}", size, stage)
+        # What the lock does, which only rank 0 holds.
+        Path(config.output_dir).mkdir(exist_ok=True)
+        assert train.pretrain.run(config, ranks) == 0
+        states.append(gathered_state(engines[0]))
+    return states if ranks.rank == 0 else []
+
+
+def reload(ranks: Ranks, folder: Path, pairs: list, text: Any) -> list:
+    """For each (writer, reader): the state after loading the writer's run into the reader."""
+    return [
+        load_and_step(ranks, folder / "run_{}_{}".format(*writer), [reader], text, 0)[0][0]
+        if ranks.rank == 0
+        else load_and_step(ranks, folder / "run_{}_{}".format(*writer), [reader], text, 0)
+        for writer, reader in pairs
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_path, monkeypatch):
+    """Bit for bit, from the disk."""
+    monkeypatch.setitem(CALM, "model.tie_embeddings", tied)
+    layouts = [(2, 0), (1, 1), (2, 2), (2, 3)]
+    (states, _) = run_ranks(2, with_tied, tied, run_and_report, tmp_path, layouts, seconds=120)
+    for (size, stage), state in zip(layouts, states, strict=True):
+        run_dir = tmp_path / f"run_{size}_{stage}"
+        saved = checkpoint(run_dir).tensors
+        same_state(saved, state)
+        engine = make_engine(config_of(run_dir, 1, 1))
+        engine.load_state_tensors(saved)
+        same_state(engine.state_tensors(), state)
+    pairs = list(zip(layouts, [*layouts[1:], layouts[0]], strict=True))
+    (reloaded, _) = run_ranks(2, with_tied, tied, reload, tmp_path, pairs, data(), seconds=120)
+    for (writer, _), state in zip(pairs, reloaded, strict=True):
+        same_state(state, states[layouts.index(writer)])
+
+
+def with_tied(ranks: Ranks, tied: bool, work: Any, *args: Any) -> Any:
+    """`work` in a process that knows nothing of the test's own settings."""
+    CALM["model.tie_embeddings"] = tied
+    return work(ranks, *args)

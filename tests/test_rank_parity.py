@@ -41,7 +41,10 @@ def case(
     optimizer: str, size: int, stage: int, *, clip: bool, passes: int, recompute: bool, world: int
 ) -> dict[str, Any]:
     """The settings in which a case differs from CALM; `optimizer` is no setting."""
+    # Stage 3 leaves parameters as small as these where they are, unless told otherwise.
+    released = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return {
+        "deepspeed": released if stage == 3 else {},
         "optimizer": optimizer,
         "parallel.expert_parallel_size": size,
         "parallel.zero_stage": stage,
@@ -98,11 +101,21 @@ def other_models() -> list[dict[str, Any]]:
     ]
 
 
+def interrupted_cases() -> list[dict[str, Any]]:
+    """A step that is dropped after two of its three passes, and one that is skipped as its
+    gradient is not finite, leave nothing behind."""
+    return [
+        case("sgd", 2, stage, clip=True, passes=3, recompute=False, world=2)
+        | {"planted": "interruptions", "training.nonfinite": "skip"}
+        for stage in (0, 1, 2, 3)
+    ]
+
+
 def planted_faults() -> list[dict[str, Any]]:
     """Cases that `run_case` spoils, and that must not pass."""
     fine = case("sgd", 2, 1, clip=False, passes=1, recompute=False, world=2)
     clipped = case("sgd", 2, 0, clip=True, passes=1, recompute=False, world=2)
-    return [fine | {"planted": "scale"}, clipped | {"planted": "norm"}]
+    return [fine | {"planted": "scale"}, clipped | {"planted": "clip"}]
 
 
 def settings_of(changes: dict[str, Any]) -> RunConfig:
@@ -115,13 +128,12 @@ def settings_of(changes: dict[str, Any]) -> RunConfig:
 
 
 def plant(engine: Any, fault: str | None) -> None:
-    """Spoil the engine: gradients of one rank too small, or the norm a little."""
+    """Spoil the engine: gradients of one rank too small, or clipped a little more than asked."""
     if fault == "scale":
         backward = engine.backward
         engine.backward = lambda loss, last: backward(loss / (1 + engine.rank), last=last)
-    if fault == "norm":
-        norm = engine.gradient_norm
-        engine.gradient_norm = lambda: norm() * 0.99
+    if fault == "clip":
+        engine.gradient_clip *= 0.99
 
 
 def uneven(batches: list[Batch], rank: int) -> list[Batch]:
@@ -163,12 +175,26 @@ def run_case(
 
     engine.step = step  # type: ignore[method-assign]
     for number in range(STEPS):
+        if fault == "interruptions" and number == 1:
+            interrupt(engine, loader, config)
         batches = uneven(read_step(loader, number, config, engine), engine.rank)
         metrics = train_step(engine, batches, number, config)
         assert metrics is not None
         found["metrics"].append(metrics._asdict())
     found["weights"] = gathered_state(engine)["model"]
     return found
+
+
+def interrupt(engine: Any, loader: TrainLoader, config: RunConfig) -> None:
+    """Step 1 twice, of which neither counts."""
+    asked = iter((False, False, True))
+    batches = read_step(loader, 1, config, engine)
+    assert train_step(engine, batches, 1, config, stop=lambda: next(asked, True)) is None
+    backward = engine.backward
+    engine.backward = lambda loss, last: backward(loss * float("nan"), last=last)
+    skipped = train_step(engine, read_step(loader, 1, config, engine), 1, config)
+    assert skipped is not None and skipped.skipped
+    engine.backward = backward
 
 
 def run_cases(ranks: Ranks, cases: list[dict[str, Any]], text: Any) -> list[dict[str, Any]] | None:
@@ -185,7 +211,7 @@ _references: dict[str, dict[str, Any]] = {}
 
 def reference(changes: dict[str, Any]) -> dict[str, Any]:
     """The same steps in this process, by itself and without DeepSpeed."""
-    other = ("parallel.", "planted", "training.activation")
+    other = ("parallel.", "deepspeed", "planted", "training.activation")
     changes = {key: value for key, value in changes.items() if not key.startswith(other)}
     key = repr(changes)
     if key not in _references:
@@ -197,10 +223,12 @@ def reference(changes: dict[str, Any]) -> dict[str, Any]:
 def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
     expected = reference(changes)
     if "training.precision" in changes:
-        # Rounding decides here and there which expert a token gets: no closer than this.
+        # In later steps rounding decides here and there which expert a token gets.
+        ours, theirs = found["metrics"][0], expected["metrics"][0]
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-3)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-2)
         for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
             assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=0.05)
-            assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.1)
         return
     sgd = changes["optimizer"] == "sgd"
     for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
@@ -234,10 +262,10 @@ def test_ranks_take_the_steps_of_one_process(world):
     cases = covering_cases(world)
     faults = []
     if world == 2:
-        cases += other_models()
+        cases += other_models() + interrupted_cases()
         faults = planted_faults()
     (results, *_) = run_ranks(world, run_cases, cases + faults, data(), seconds=240)
-    for changes, found in zip(cases, results, strict=False):
+    for changes, found in zip(cases, results[: len(cases)], strict=True):
         try:
             check(changes, found)
         except AssertionError as error:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,12 +141,17 @@ def exit_record(run_dir: Path, rank: int) -> dict[str, Any]:
     "launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)]
 )
 def test_a_run_of_two_ranks_equals_that_of_one_process(launcher, launch, tmp_path):
-    """Losses, loads and samples; stopped half-way and gone on with the experts shared out."""
-    assert run(tmp_path / "alone", CALM) == 0
-    first = launch(launcher, 2, {"training.steps": 8, "checkpoint.every": 4, "logging.every": 1})
+    """Losses, loads and samples; half of it with the experts on both ranks, half shared out."""
+    run_dir = tmp_path / "run"
+    assert run(tmp_path / "alone", CALM | {"checkpoint.every": 4, "checkpoint.keep_last": 5}) == 0
+    first = launch(launcher, 2, {"checkpoint.every": 4, "checkpoint.keep_last": 5})
     assert first.wait() == 0, first.output()
-    second = launch(launcher, 2, {"parallel.expert_parallel_size": 2, "training.steps": 8})
+    # As if it had been stopped there.
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000008")
+    (run_dir / "checkpoints" / "latest").write_text("step_00000004\n")
+    second = launch(launcher, 2, {"parallel.expert_parallel_size": 2})
     assert second.wait() == 0, second.output()
+    assert "resuming at step 4" in second.output()
     alone, together = summary(tmp_path / "alone"), summary(tmp_path / "run")
     assert together["mean_loss"] == pytest.approx(alone["mean_loss"], rel=1e-5)
     assert together["samples"] == alone["samples"]
@@ -185,7 +191,7 @@ def test_a_wrong_setting_is_said_once(launch):
     assert wrong.wait() != 0
     lines = [line for line in wrong.output().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "parallel.expert_parallel_size (3) must divide" in lines[0] + wrong.output()
+    assert lines[0].startswith("error: parallel.expert_parallel_size (3) must divide the number")
 
 
 def kill_one_rank(launch, tmp_path, seed: int) -> None:
@@ -212,6 +218,23 @@ def kill_one_rank(launch, tmp_path, seed: int) -> None:
 
 def test_a_killed_rank_ends_the_run_which_goes_on(launch, tmp_path):
     kill_one_rank(launch, tmp_path, seed=0)
+
+
+def test_a_rank_that_stands_still_ends_the_run(launch, tmp_path):
+    """The other one notices within the time limit, also inside DeepSpeed's own operations."""
+    changes = {"training.steps": 100_000, "evaluation.every": 0, "schedule.warmup_steps": 0}
+    run_of_two = launch("torchrun", 2, {**changes, "parallel.timeout_minutes": 0.1})
+    run_of_two.wait_for("step 20/")
+    stopped, *_ = run_of_two.ranks()
+    stopped.suspend()
+    began = time.monotonic()
+    while "has not answered within parallel.timeout_minutes (0.1)" not in run_of_two.output():
+        assert time.monotonic() < began + 30, run_of_two.output()[-3000:]
+        time.sleep(0.1)
+    stopped.resume()
+    assert run_of_two.wait(60) != 0
+    codes = {exit_record(tmp_path / "run", rank)["exit_code"] for rank in (0, 1)}
+    assert 6 in codes
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_cases import make_config
 
-from train.deepspeed_engine import derive_config
+from train.deepspeed_config import derive_config
 from train.errors import CheckpointError, ConfigError
 from train.fragments import Fragment, assemble
 from train.ranks import Ranks, check_layout, launched_ranks
@@ -21,7 +21,7 @@ LAUNCHED = {
 
 
 def test_ranks_come_from_the_launcher():
-    assert launched_ranks(LAUNCHED) == Ranks(3, 1, 4)
+    assert launched_ranks(LAUNCHED) == Ranks(3, 1, 4, 1)
     assert launched_ranks({}) is None
     # A shell of a batch system may say this without having started any rank.
     assert launched_ranks({"WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}) is None
@@ -31,6 +31,7 @@ def test_ranks_come_from_the_launcher():
     ("change", "expected"),
     [
         ({"MASTER_PORT": ""}, "but not MASTER_PORT"),
+        ({"MASTER_PORT": "abc"}, r"MASTER_PORT ('abc') is no number"),
         ({"RANK": "x"}, "RANK ('x') is no number"),
         ({"RANK": "-1"}, "RANK ('-1') is no number"),
         ({"RANK": "4"}, r"RANK \(4\) must be below WORLD_SIZE \(4\)"),
@@ -50,6 +51,11 @@ def test_a_launcher_that_makes_no_sense_is_refused(change, expected):
             3,
             r"\(3\) must divide model.moe.num_experts \(4\)",
         ),
+        (
+            {"parallel.expert_parallel_size": 2, "model.feed_forward": "dense", "model.moe": ...},
+            2,
+            r"expert_parallel_size \(2\) has no effect without routed experts",
+        ),
         ({}, 3, r"training.batch_size \(4\) must be a multiple of"),
         ({"training.micro_batch_size": 4}, 2, r"training.batch_size \(4\) must be a multiple of"),
     ],
@@ -66,6 +72,13 @@ def test_what_cannot_be_shared_out_is_refused(changes, world, expected):
         ({"zero_optimization": {"stage": 2}}, r"zero_optimization.stage \(2\).*zero_stage"),
         ({"train_batch_size": 4}, "training.batch_size"),
         ({"bf16": {"enabled": True}}, "training.precision"),
+        ({"comm_logger": {}}, "deepspeed.comm_logger is not passed on; did you mean comms_logger"),
+        ({"zero_optimization": 2}, r"zero_optimization \(2\) must be a mapping"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            r"round_robin_gradients \(True\) does not work",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "does not work"),
     ],
 )
 def test_deepspeed_settings_that_follow_from_ours_are_refused(user, expected):
@@ -76,7 +89,8 @@ def test_deepspeed_settings_that_follow_from_ours_are_refused(user, expected):
 
 def test_other_deepspeed_settings_pass_through():
     user = {
-        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 1000},
+        # More than a count of ours may be.
+        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 5_000_000_000},
         "comms_logger": {"enabled": True},
     }
     config = make_config(Path("unused"), {"deepspeed": user, "parallel.zero_stage": 2})

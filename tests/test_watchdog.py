@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 from training_cases import ROOT
@@ -26,25 +26,37 @@ def test_a_stalled_process_ends_with_its_stacks(tmp_path):
     command = [sys.executable, "-c", STALL, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert ended.returncode == 6
-    assert "rank 3 has not moved" in ended.stderr
+    assert "rank 3 has not moved for training.stall_minutes" in ended.stderr
     assert "stands_still" in (tmp_path / "stacks_rank_3.txt").read_text()
     record = json.loads((tmp_path / "exit_rank_3.json").read_text())
     assert record["exit_code"] == 6
     assert "has not moved" in record["message"]
 
 
+MOVES = """
+import sys, time
+from pathlib import Path
+from train.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, 3.0) as watchdog:
+    for _ in range(40):
+        time.sleep(0.1)
+        watchdog.beat()
+time.sleep(3.5)
+"""
+
+
 def test_a_process_that_moves_is_left_alone(tmp_path):
-    with Watchdog(tmp_path, 0, 0.4) as watchdog:
-        for _ in range(10):
-            time.sleep(0.1)
-            watchdog.beat()
-    time.sleep(0.6)
+    """Longer than the limit, and after its watch has ended."""
+    command = [sys.executable, "-c", MOVES, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 0, ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_limit_nothing_is_watched(tmp_path):
+    before = threading.active_count()
     with Watchdog(tmp_path, 0, None):
-        time.sleep(0.1)
+        assert threading.active_count() == before
 
 
 def test_how_a_rank_ended_is_on_record(tmp_path):

@@ -350,14 +350,18 @@ def _check_latest(directory: Path, newest: str, warn: Callable[[str], None]) -> 
 # ---- refusing a resume
 
 
-def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def changed_settings(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    labels: tuple[str, str] = ("in the checkpoint", "now"),
+) -> list[str]:
     """One line per field that differs between two nested mappings; tuples count as lists."""
     before, now = dict(_flatten(saved)), dict(_flatten(current))
     lines = []
     for field in dict.fromkeys([*before, *now]):
         if field not in before or field not in now or before[field] != now[field]:
             was, is_now = before.get(field, "not set"), now.get(field, "not set")
-            lines.append(f"{field}: {was} in the checkpoint, {is_now} now")
+            lines.append(f"{field}: {was} {labels[0]}, {is_now} {labels[1]}")
     return lines
 
 

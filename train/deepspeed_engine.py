@@ -1,4 +1,4 @@
-"""How does DeepSpeed run our model? The engine of many ranks, and the one place that configures it.
+"""How does DeepSpeed run our model? The engine of many ranks, at ZeRO stages 0 to 3.
 
 Every rank reads its share of the batch, and the loss of a pass is that pass's share of the whole
 step's (`moe.model.BatchTotals`): so gradients are sums over ranks, whatever each rank holds.
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model import BatchTotals, ModelOutput, MoETransformer, init_weights
 from train.config import RunConfig
+from train.deepspeed_config import derive_config
 from train.engine import (
     TensorGroups,
     build_optimizer,
@@ -44,70 +46,9 @@ from train.fragments import (
     split_part,
 )
 from train.packing import Batch
+from train.program import first_line
 from train.ranks import Ranks
 from train.run_directory import format_bytes
-
-# What `derive_config` sets, and where the user says it instead.
-DERIVED = {
-    "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.micro_batch_size",
-    "gradient_clipping": "optimizer.gradient_clip",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "zero_allow_untested_optimizer": "optimizer",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "amp": "training.precision",
-    "torch_autocast": "training.precision",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "expert_parallel": "parallel.expert_parallel_size",
-}
-
-
-def derive_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours where we have a setting, the user's `deepspeed:` beside it.
-
-    Raises:
-        ConfigError: if `deepspeed:` sets what follows from our settings, or the batch does not
-            divide among the ranks.
-    """
-    user = copy.deepcopy(config.deepspeed)
-    problems = []
-    for path, setting in DERIVED.items():
-        *above, key = path.split(".")
-        place: Any = user
-        for name in above:
-            place = place.get(name, {}) if isinstance(place, dict) else {}
-        if isinstance(place, dict) and key in place:
-            problems.append(
-                f"deepspeed.{path} ({place[key]}) follows from {setting}: leave it out, and set "
-                f"{setting}"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
-    passes = config.micro_batches_per_rank(ranks.world_size)
-    stage = config.parallel.zero_stage
-    clip = config.optimizer.gradient_clip
-    derived: dict[str, Any] = {
-        "train_batch_size": config.training.batch_size,
-        "train_micro_batch_size_per_gpu": config.training.batch_size // ranks.world_size // passes,
-        "gradient_accumulation_steps": passes,
-        # At stage 0 DeepSpeed's norm counts one rank's experts for all: there we clip ourselves.
-        "gradient_clipping": clip if clip is not None and stage > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {
-            "enabled": precision == "bfloat16",
-            "dtype": "bfloat16",
-            # None: gradients travel in float32.
-            "lower_precision_safe_modules": [],
-        },
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    zero = {"stage": stage, **user.pop("zero_optimization", {})}
-    return {**derived, "zero_optimization": zero, **user}
 
 
 def build_deepspeed_engine(
@@ -131,6 +72,16 @@ def build_deepspeed_engine(
 
 # Rows of the table of ranks at the start.
 _MOST_ROWS = 17
+
+
+def explain_settings(error: Exception) -> str:
+    """What DeepSpeed says of a setting that it does not take, in one line."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))} ({each['input']!r}): {each['msg']}"
+        for each in error.errors()
+    )
 
 
 class DeepSpeedEngine:
@@ -159,11 +110,16 @@ class DeepSpeedEngine:
         model.activation_checkpointing = config.training.activation_checkpointing
         param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
         optimizer = build_optimizer(param_groups, config.optimizer)
+        derived = derive_config(config, ranks, precision)
+        try:
+            deepspeed.DeepSpeedConfig(copy.deepcopy(derived))
+        except (ValidationError, ValueError) as error:
+            raise ConfigError(f"deepspeed: {explain_settings(error)}") from error
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             model_parameters=list(model.parameters()),
-            config=derive_config(config, ranks, precision),
+            config=derived,
             dist_init_required=False,
         )
         if config.model.moe_layers and not self.engine.has_moe_layers:
@@ -227,7 +183,7 @@ class DeepSpeedEngine:
             copies = 1
             if self.stage == 0:
                 copies = self.world_size // (self.groups.size if is_expert(part.parameter) else 1)
-            total += gradient.double().square().sum() / copies
+            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / copies
         return self.all_reduce(total).sqrt().float()
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
@@ -395,7 +351,7 @@ class DeepSpeedEngine:
             if key == "step":
                 if part.name not in by_name:
                     raise CheckpointError(f"optimizer state step: {part.name} is missing")
-                state[key] = by_name[part.name].clone().to(self.device)
+                state[key] = by_name[part.name].clone().to(part.flat.device)
                 continue
             if key not in state:
                 state[key] = torch.zeros_like(part.flat, requires_grad=False)

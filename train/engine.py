@@ -213,26 +213,15 @@ class PlainEngine:
         parameters = dict(self.model.named_parameters())
         # A moment that is missing or too short would be read beyond its end by the fused kernel.
         for key, by_name in joined.items():
-            if problem := _misfit(by_name, parameters, scalar=key == "step"):
-                raise CheckpointError(f"optimizer state {key}: {problem}")
+            shapes = {
+                name: torch.Size() if key == "step" else parameter.shape
+                for name, parameter in parameters.items()
+            }
+            refuse_misfits(by_name, shapes, f"optimizer state {key}")
         for key, by_name in joined.items():
             for name, value in by_name.items():
                 # The fused AdamW keeps its step count, too, on the weights' device.
                 self.optimizer.state[parameters[name]][key] = value.clone().to(self.device)
-
-
-def _misfit(
-    tensors: dict[str, Tensor], parameters: dict[str, torch.nn.Parameter], *, scalar: bool
-) -> str | None:
-    """Which weight has no tensor, or one of another shape; None if all fit."""
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            return f"{name} is missing"
-        want = torch.Size() if scalar else parameter.shape
-        if tensors[name].shape != want:
-            return f"{name} is {tuple(tensors[name].shape)}, needs {tuple(want)}"
-    unknown = tensors.keys() - parameters.keys()
-    return f"{min(unknown)} is no weight of this model" if unknown else None
 
 
 def refuse_misfits(
@@ -335,7 +324,10 @@ def build_engine(
     if ranks is not None:
         # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
         from train.deepspeed_engine import build_deepspeed_engine
+        from train.expert_parallel import gather
 
+        # `auto` measures, and ranks that share their cores may measure differently.
+        precision = gather(precision)[0]
         return build_deepspeed_engine(config, model_config, ranks, device, precision, kernels)
     with torch.device(device):
         model = MoETransformer(model_config, moe_layer=MoELayer)

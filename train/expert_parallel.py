@@ -11,7 +11,8 @@ groups hold the same experts: their expert-data group sums these experts' gradie
     data            [0 1 2 3] sum the gradients of everything else
 
 DeepSpeed finds a layer by its class alone (`AutoEPMoELayer`), and its experts by attributes of
-three parameters w1, w2, w3: what stands here follows deepspeed 0.19 and is held by one test.
+three parameters w1, w2, w3: what stands here follows deepspeed 0.19 and is held by
+`tests/test_rank_parity.py`.
 """
 
 import contextlib
@@ -30,17 +31,20 @@ from moe.dispatcher import expert_parallel_dispatch, local_dispatch
 from moe.layer import MoELayer
 from moe.routing import Routing
 from moe.variants import load_variant
-from train.errors import StalledError
+from train.errors import ConfigError, StalledError
 from train.ranks import Ranks
 
 # What gloo says of a peer that has ended, and of one that does not answer.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out")
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LOST = (*_CLOSED, "Timed out", "timed out")
 
 
 def connect(device: str, ranks: Ranks, timeout_minutes: float) -> None:
     """Join the other ranks. On a CPU nothing is compiled for it.
 
     Args: timeout_minutes: of every operation between ranks.
+    Raises:
+        ConfigError: if there are more ranks on this machine than GPUs.
     """
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -52,6 +56,11 @@ def connect(device: str, ranks: Ranks, timeout_minutes: float) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if device == "cpu" else "nccl"
     if device == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {ranks.local_rank} has no GPU: this machine has "
+                f"{torch.cuda.device_count()}; start as many ranks on it at most"
+            )
         torch.cuda.set_device(ranks.local_rank)
     timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
@@ -64,7 +73,7 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def peer_errors(rank: int) -> Iterator[None]:
+def peer_errors(rank: int, timeout_minutes: float) -> Iterator[None]:
     """What PyTorch raises where another rank is gone or does not answer, as one line.
 
     Raises:
@@ -77,10 +86,16 @@ def peer_errors(rank: int) -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or any(phrase in text for phrase in _LOST)
         if not lost:
             raise
+        closed = any(phrase in text for phrase in _CLOSED)
+        happened = (
+            "another rank has ended"
+            if closed
+            else f"another rank has not answered within parallel.timeout_minutes "
+            f"({timeout_minutes:g})"
+        )
         raise StalledError(
-            f"rank {rank}: another rank is gone or has not answered ({text.splitlines()[0]}); "
-            f"its own last words stand above, or in its exit_rank_N.json; run again to go on from "
-            f"the last checkpoint"
+            f"rank {rank}: {happened}; what it said may stand above, or in its exit_rank_N.json. "
+            f"Run again to go on from the last checkpoint"
         ) from error
 
 
@@ -108,8 +123,8 @@ class ExpertGroups:
         self.group = groups._get_expert_parallel_group(self.name)
         self.data_group = groups._get_expert_data_parallel_group(self.name)
         self.rank = groups._get_expert_parallel_rank(self.name)
-        for group in (self.group, self.data_group):
-            # DeepSpeed gives them the default of 30 minutes.
+        # DeepSpeed gives all but the world's the default, 30 minutes.
+        for group in (self.group, self.data_group, groups._get_data_parallel_group()):
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
@@ -126,7 +141,7 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
             self.num_experts = config.moe.num_experts
             self.ep_size, self.ep_rank = groups.size, groups.rank
             self.ep_group_name, self.ep_group = groups.name, groups.group
-            _mark_parameters(self, self.num_experts, groups)
+            _mark_parameters(self, groups)
 
         def build_experts(self, config: ModelConfig) -> nn.Module:
             moe = config.moe
@@ -153,43 +168,19 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
     return ExpertParallelMoELayer
 
 
-def _mark_parameters(layer: Any, num_experts: int, groups: ExpertGroups) -> None:
-    """Tell DeepSpeed which parameters are experts, and which experts they are."""
-    from deepspeed.checkpoint import autoep_affine, constants
-
-    placement = autoep_affine.legacy_uniform_autoep_placement_descriptor(
-        num_experts, num_experts // groups.size, groups.size
-    )
-    layer.expert_placement_descriptor = placement
+def _mark_parameters(layer: Any, groups: ExpertGroups) -> None:
+    """Tell DeepSpeed which parameters of a layer are experts."""
+    for parameter in layer.parameters():
+        parameter.allreduce, parameter.ds_zero_placement_family = True, "replicated"
     for parameter in layer.experts.parameters():
-        shape = [num_experts, *parameter.shape[1:]]
-        affine = autoep_affine.autoep_placement_to_affine_map(placement, shape)
-        here = autoep_affine.autoep_experts_for_rank(placement, groups.rank)
-        facts = {
-            constants.AUTOEP_EXPERT_PLACEMENT: placement,
-            constants.AFFINE_MAP: affine.to_dict(),
-            constants.AUTOEP_PARAM_LOGICAL_SHAPE: shape,
-            constants.AUTOEP_PARAM_EP_RANK: groups.rank,
-            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(here),
-        }
-        setattr(parameter, constants.DS_AUTOEP_UC_META, facts)
         parameter.allreduce, parameter.group_name = False, groups.name
         parameter.ds_zero_placement_family = "autoep_expert"
         parameter.ds_zero_partition_group_name = groups.name
-    experts = {id(parameter) for parameter in layer.experts.parameters()}
-    for parameter in layer.parameters():
-        if id(parameter) not in experts:
-            parameter.allreduce, parameter.ds_zero_placement_family = True, "replicated"
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
     """Whether other ranks hold other experts in place of this parameter."""
     return not getattr(parameter, "allreduce", True)
-
-
-def expert_ranks(ranks: Ranks, size: int) -> tuple[int, int]:
-    """(place in the expert group, place in the expert-data group) of a rank."""
-    return ranks.rank % size, ranks.rank // size
 
 
 def split_expert_groups(param_groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from train.checkpoint import newest_checkpoint, sound_path
 from train.checkpoint_format import STATE, parse_json, stream_safetensors, whole_group
-from train.errors import ConfigError
+from train.errors import CheckpointError, ConfigError
 from train.fragments import check_cover
 from train.program import guarded
 from train.run_directory import SAVING, check_directory, storage_errors, write_durably
@@ -29,7 +29,8 @@ class WeightReader:
     Attributes:
         kinds: dtype and shape of each, by name.
     Raises:
-        CheckpointError: if the fragments of a weight do not cover it exactly once.
+        CheckpointError: if the fragments of a weight do not cover it exactly once, or a weight has
+            none.
     """
 
     def __init__(self, checkpoint: Path, stack: contextlib.ExitStack):
@@ -50,6 +51,8 @@ class WeightReader:
                 spans.setdefault(name, []).append((first, first + size.numel()))
                 dtype = file.get_tensor(key).dtype
                 self.kinds[name] = dtype, torch.Size(shapes[name]) if cut else size
+        for name in shapes.keys() - self.kinds.keys():
+            raise CheckpointError(f"{name}: no file has it")
         for name, (_, shape) in self.kinds.items():
             check_cover(name, spans[name], shape.numel())
 

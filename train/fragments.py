@@ -123,9 +123,12 @@ def assemble(fragments: Iterable[Fragment], shapes: Mapping[str, torch.Size]) ->
     for name, start, values in fragments:
         if name not in shapes:
             raise CheckpointError(f"{name} is unknown to this model")
-        flat = whole.setdefault(name, values.new_empty(shapes[name].numel()))
-        if start + values.numel() > flat.numel():
-            raise CheckpointError(f"{name} has numbers beyond its end ({flat.numel()})")
+        size = shapes[name].numel()
+        if start < 0 or start + values.numel() > size:
+            raise CheckpointError(f"{name} has numbers beyond its end ({size})")
+        flat = whole[name] if name in whole else whole.setdefault(name, values.new_empty(size))
+        if flat.dtype != values.dtype:
+            raise CheckpointError(f"{name} has fragments of {flat.dtype} and {values.dtype}")
         flat[start : start + values.numel()] = values
         pieces[name].append((start, start + values.numel()))
     for name, spans in pieces.items():

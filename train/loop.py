@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
 
-from moe.model import flops_per_token
 from moe.routing import dead_experts, max_violation
 from train.config import RunConfig
 from train.data import PreparedData
@@ -24,8 +23,8 @@ FINISH_SECONDS = 10.0
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that the loop asks; the second one ends at once.
 
-    Under a launcher a Ctrl-C reaches us twice: from the terminal, and as the SIGTERM by which the
-    launcher ends its processes. That one is no second request.
+    launched: whether a launcher started us. Then a Ctrl-C reaches us twice: from the terminal, and
+    as the SIGTERM by which the launcher ends its processes. That one is no second request.
 
     with StopRequest() as stop: `stop()` is True once a signal has come; `stop.exit_code` is 143 or
     130 then, 0 before; `stop.waited()` is the time since, in seconds.
@@ -73,7 +72,8 @@ class Loop:
 
     Args:
         save(position): writes a checkpoint. sample(stop): text that the model writes, or None.
-        beat(): called again and again while the run moves.
+        beat(): called again and again while the run moves. flops: of one token
+        in training, for the MFU.
     """
 
     def __init__(
@@ -87,16 +87,18 @@ class Loop:
         save: Callable[[Position], None],
         sample: Callable[[Callable[[], bool]], str | None] = lambda stop: None,
         beat: Callable[[], None] = lambda: None,
+        flops: int | None = None,
     ):
         self.engine, self.data, self.config = engine, data, config
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
         self.beat = beat
         self.loader = TrainLoader(data, config.training.seq_len, config.seed)
         self.window = LoadWindow()
-        flops = flops_per_token(engine.model, config.training.seq_len)
         peak = peak_flops(engine.device)
         # MFU of 1 token/s.
-        self._utilisation = None if peak is None else flops / (peak * engine.world_size)
+        self._utilisation = None
+        if peak is not None and flops is not None:
+            self._utilisation = flops / (peak * engine.world_size)
         # Of this process: seconds of each step, and (step, mean validation loss) as evaluated.
         self.step_seconds: list[float] = []
         self.history: list[tuple[int, float]] = []

@@ -20,6 +20,7 @@ from train.config import RunConfig, dump_config, load_config
 from train.errors import ConfigError, OutOfMemoryError
 from train.layouts import describe_layouts, plan_layouts
 from train.program import first_line, guarded, is_out_of_memory
+from train.ranks import Ranks
 from train.run_directory import format_bytes
 from train.tokenizer import planned_vocab_size, with_vocab_size
 
@@ -27,7 +28,8 @@ _FLOAT32 = 4
 
 
 class Plan(NamedTuple):
-    """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls."""
+    """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls; ranks:
+    of a launcher, whose memory each these bytes are."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     tokens_per_step: int
     num_steps: int
     compute_bytes: int
+    ranks: Ranks | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -51,17 +54,19 @@ class Plan(NamedTuple):
         return self.tokens_per_step * self.num_steps
 
 
-def make_plan(config: RunConfig, model_config: ModelConfig, compute_bytes: int) -> Plan:
+def make_plan(
+    config: RunConfig, model_config: ModelConfig, compute_bytes: int, ranks: Ranks | None = None
+) -> Plan:
     """Plan a run.
 
     Args:
         model_config: with its vocab_size known. compute_bytes: of one number in the matmuls, 2 in
-            bfloat16 and 4 in float32.
+            bfloat16 and 4 in float32. ranks: of a launcher; the memory is that of one rank then.
     """
     with torch.device("meta"):
         model = MoETransformer(model_config)
     count = num_parameters(model)
-    return Plan(
+    plan = Plan(
         parameters=count,
         flops_per_token=flops_per_token(model, config.training.seq_len),
         weight_bytes=_FLOAT32 * count.total,
@@ -72,6 +77,18 @@ def make_plan(config: RunConfig, model_config: ModelConfig, compute_bytes: int) 
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
         compute_bytes=compute_bytes,
+        ranks=ranks,
+    )
+    if ranks is None:
+        return plan
+    wanted = config.parallel.expert_parallel_size, config.parallel.zero_stage
+    layouts = plan_layouts(config, model_config, count, ranks.world_size, compute_bytes)
+    (layout,) = (at for at in layouts if at[:2] == wanted)
+    return plan._replace(
+        weight_bytes=layout.weight_bytes,
+        gradient_bytes=layout.gradient_bytes,
+        optimizer_bytes=layout.optimizer_bytes,
+        activation_bytes=layout.activation_bytes,
     )
 
 
@@ -85,6 +102,8 @@ def check_memory(plan: Plan, device: str) -> None:
         available = torch.cuda.mem_get_info()[1]
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if plan.ranks is not None:
+            available //= plan.ranks.local_world_size
     if plan.state_bytes > available:
         raise OutOfMemoryError(
             f"out of memory (weights, gradients and optimizer need "
@@ -166,17 +185,18 @@ def format_count(count: float) -> str:
 def describe_plan(plan: Plan) -> str:
     """A table for a person."""
     parameters = plan.parameters
+    each = "" if plan.ranks is None else " of a rank"
     rows = [
         ("parameters, total", format_count(parameters.total)),
         ("parameters, active a token", format_count(parameters.active)),
         ("parameters, embedding and head", format_count(parameters.embedding)),
         ("FLOPs a token, forward", format_count(plan.flops_per_token / 3)),
         ("FLOPs a token, training", format_count(plan.flops_per_token)),
-        ("memory: weights (float32)", format_bytes(plan.weight_bytes)),
-        ("memory: gradients", format_bytes(plan.gradient_bytes)),
-        ("memory: optimizer", format_bytes(plan.optimizer_bytes)),
-        ("memory: activations of a micro-batch", format_bytes(plan.activation_bytes)),
-        ("memory: together", format_bytes(plan.state_bytes + plan.activation_bytes)),
+        (f"memory{each}: weights (float32)", format_bytes(plan.weight_bytes)),
+        (f"memory{each}: gradients", format_bytes(plan.gradient_bytes)),
+        (f"memory{each}: optimizer", format_bytes(plan.optimizer_bytes)),
+        (f"memory{each}: activations of a micro-batch", format_bytes(plan.activation_bytes)),
+        (f"memory{each}: together", format_bytes(plan.state_bytes + plan.activation_bytes)),
         ("disk a checkpoint", format_bytes(plan.checkpoint_bytes)),
         ("tokens a step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.num_steps:,}"),

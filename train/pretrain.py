@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from train.checkpoint import (
     refuse_changes,
     save_checkpoint,
 )
-from train.config import RunConfig, dump_config, load_config
+from train.config import ParallelConfig, RunConfig, dump_config, load_config
 from train.data import PreparedData, check_sources, describe, prepare_data
+from train.deepspeed_config import check_user_settings
 from train.device import choose_device, choose_kernels, choose_precision
 from train.engine import Engine, build_engine
 from train.errors import ConfigError, NonFiniteError
@@ -56,6 +58,7 @@ def _main(options: Any, overrides: list[str]) -> int:
         refuse_foreign_kernels()
         config = load_config(options.config, overrides)
         ranks = launched_ranks()
+        check_user_settings(config.deepspeed)
         if ranks is not None:
             check_layout(config, ranks)
     if options.print_config:
@@ -84,21 +87,27 @@ def run_as_rank(config: RunConfig, ranks: Ranks) -> int:
     # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
     from train.expert_parallel import connect, disconnect, gather, peer_errors
 
-    run_dir = Path(config.output_dir)
-    with exit_recorded(run_dir, ranks.rank) as codes, peer_errors(ranks.rank):
+    run_dir, rank = Path(config.output_dir), ranks.rank
+    lost_peers = partial(peer_errors, rank, config.parallel.timeout_minutes)
+    with lost_peers(), contextlib.ExitStack() as stack:
         connect(choose_device(config.training.device), ranks, config.parallel.timeout_minutes)
         settings = gather(config.model_dump(mode="json"))
-        for number, other in enumerate(settings):
-            if lines := changed_settings(settings[0], other):
-                raise ConfigError(
-                    f"rank {number} was started with other settings than rank 0: {lines[0]}"
-                )
-        with contextlib.ExitStack() as stack:
-            with agreeing(gather):
-                if ranks.rank == 0:
-                    stack.enter_context(RunLock(run_dir))
+        with first_rank_first():
+            for number, other in enumerate(settings):
+                labels = "on rank 0", f"on rank {number}"
+                if lines := changed_settings(settings[0], other, labels):
+                    raise ConfigError(
+                        f"the ranks were started with different settings: {lines[0]}; start all "
+                        f"of them with the same config and overrides"
+                    )
+        with agreeing(gather):
+            if rank == 0:
+                stack.enter_context(RunLock(run_dir))
+        with exit_recorded(run_dir, rank) as codes, lost_peers():
             codes.append(run(config, ranks))
-        disconnect()
+        # The launcher ends the others as soon as one has stopped with a signal's exit code.
+        gather(None)
+    disconnect()
     return codes[-1]
 
 
@@ -159,20 +168,21 @@ def run(config: RunConfig, ranks: Ranks | None = None) -> int:
     run_dir = Path(config.output_dir)
     speaks = ranks is None or ranks.rank == 0
     # One rank speaks for all.
-    status = StatusLine() if speaks else StatusLine(io.StringIO())
-    job = prepare(config, status, ranks)
+    status = StatusLine() if speaks else StatusLine(open(os.devnull, "w"))  # noqa: SIM115
+    with first_rank_first():
+        job = prepare(config, status, ranks)
     with agreeing(job.engine.gather):
         if speaks:
             save_description(run_dir, config, job.data)
     announce(job, status)
     clock = RunClock(job.found.state["seconds"] if job.found else 0.0)
     with memory_errors(job.plan, config, job.model):
-        position, evaluation, stop = train(job, clock, status)
+        position, evaluation, signalled = train(job, clock, status)
     # A run that was finished before has only been looked at.
     seconds = clock.seconds() if position.step > job.position.step else clock.earlier
-    if stop.exit_code:
+    if signalled:
         status.message(f"stopped by a signal; saved at step {position.step}: run again to go on")
-        return stop.exit_code
+        return signalled
     evaluation = evaluation or evaluate(
         job.engine, job.data, config.evaluation.batch_size, config.training.seq_len
     )
@@ -193,14 +203,15 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
         ConfigError: if the run cannot go on from its checkpoint with this config.
     """
     # Before minutes are spent on the data.
-    found = find_checkpoint(Path(config.output_dir), config.checkpoint.resume, warner(status))
+    run_dir = Path(config.output_dir)
+    found = find_checkpoint(run_dir, config.checkpoint.resume, warner(status))
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
     status.message(describe(data))
     model = with_vocab_size(config.model, data.tokenizer.vocab_size)
     facts = identity(config, model, data)
     if found is not None:
         refuse_changes(found.state["identity"], facts)
-    plan = make_plan(config, model, 2)
+    plan = make_plan(config, model, 2, ranks)
     check_memory(plan, choose_device(config.training.device))
     seed_all(config.seed, ranks.rank if ranks else 0)
     earlier = found.state["precision"] if found else None
@@ -208,8 +219,11 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
         engine = build_engine(config, model, ranks=ranks, precision=earlier)
         refuse_different_positions(engine, found)
         position = restore(engine, found, config.seed) if found else Position()
+    if found is not None:
+        # The rest of the tensors is as large as the model and its moments.
+        found = found._replace(tensors={"metrics": found.tensors["metrics"]})
     if engine.precision == "float32":
-        plan = make_plan(config, model, 4)
+        plan = make_plan(config, model, 4, ranks)
     if position.step > config.num_steps:
         raise ConfigError(
             f"training.steps ({config.num_steps}) is below the checkpoint's step "
@@ -235,6 +249,8 @@ def announce(job: Job, status: StatusLine) -> None:
     description = engine.describe()
     if engine.shared_out:
         status.message(description)
+    elif config.parallel != ParallelConfig() or config.deepspeed:
+        status.message("note: parallel and deepspeed have no effect in one process")
     status.message(
         f"{'resuming at step ' + str(job.position.step) if found else 'starting'} on "
         f"{engine.device} in {engine.precision}, kernels: {engine.kernels}, output in "
@@ -252,10 +268,9 @@ class RunClock:
         return self.earlier + time.monotonic() - self._began
 
 
-def train(
-    job: Job, clock: RunClock, status: StatusLine
-) -> tuple[Position, Evaluation | None, StopRequest]:
-    """Run the loop from the job's position to its end, or until a signal."""
+def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Evaluation | None, int]:
+    """Run the loop from the job's position to its end, or until a signal, whose exit code is the
+    last of the three; 0 without one."""
     config, engine, found = job.config, job.engine, job.found
     run_dir, warn = Path(config.output_dir), warner(status)
     minutes = config.training.stall_minutes
@@ -306,14 +321,17 @@ def train(
             save=save,
             sample=lambda stop: "\n".join(samples(engine, job.data, config, stop)) or None,
             beat=watchdog.beat,
+            flops=job.plan.flops_per_token,
         )
         if found is not None:
             loop.window.restore(found.tensors["metrics"]["load_window"])
         with StopRequest(launched=engine.shared_out) as stop, watchdog:
             position, evaluation = loop.run(job.position, stop)
-            if engine.any_rank(stop()):
-                stop.exit_code = stop.exit_code or 143
-            return position, evaluation, stop
+            stopped = engine.any_rank(stop())
+            if stopped and engine.shared_out:
+                # The launcher's own signal, after the first rank has ended, has nothing to add.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return position, evaluation, (stop.exit_code or 143) if stopped else 0
 
 
 def open_writer(
@@ -423,4 +441,10 @@ def finish(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "RANK" in os.environ:
+        # Threads of process groups may end the process with SIGABRT while Python winds down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -11,18 +11,20 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from train.config import RunConfig
-from train.errors import ConfigError, RunError
+from train.errors import ConfigError, PeerError, RunError
 
 _PATIENCE_SECONDS = 5.0
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks(NamedTuple):
-    """This process among all: `rank` of `world_size`, the `local_rank`-th of its machine."""
+    """This process among all: `rank` of `world_size`, the `local_rank`-th of `local_world_size` on
+    its machine."""
 
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
@@ -42,7 +44,7 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
             f"`deepspeed --module` or `torchrun`, or unset them to run one process"
         )
     values = {}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not environment[name].isascii() or not environment[name].isdigit():
             raise ConfigError(f"the environment's {name} ({environment[name]!r}) is no number")
         values[name] = int(environment[name])
@@ -51,7 +53,9 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
             f"the environment's RANK ({values['RANK']}) must be below WORLD_SIZE "
             f"({values['WORLD_SIZE']})"
         )
-    return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"])
+    local = environment.get("LOCAL_WORLD_SIZE", "")
+    local_world_size = int(local) if local.isascii() and local.isdigit() and int(local) else 1
+    return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], local_world_size)
 
 
 @contextlib.contextmanager
@@ -60,6 +64,8 @@ def first_rank_first(environment: Mapping[str, str] = os.environ) -> Iterator[No
     which speak after a while if there is none."""
     try:
         yield
+    except PeerError:
+        raise
     except RunError:
         if environment.get("RANK", "0") != "0":
             time.sleep(_PATIENCE_SECONDS)
@@ -84,6 +90,14 @@ def check_layout(config: RunConfig, ranks: Ranks) -> None:
             f"parallel.expert_parallel_size ({size}) must divide model.moe.num_experts "
             f"({moe.num_experts}); change one of them"
         )
+    if size > 1 and not config.model.moe_layers:
+        problems.append(
+            f"parallel.expert_parallel_size ({size}) has no effect without routed experts "
+            f"(model.feed_forward: dense); leave it out"
+        )
+    try:
+        config.micro_batches_per_rank(ranks.world_size)
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    config.micro_batches_per_rank(ranks.world_size)

@@ -32,7 +32,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, rank: int, seconds: float | None):
         self.path = run_dir / f"stacks_rank_{rank}.txt"
         self.run_dir, self.rank, self.seconds = run_dir, rank, seconds
-        self._stood = 0.0
+        self._beats = 0
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -45,28 +45,30 @@ class Watchdog:
 
     def beat(self) -> None:
         """Say that the run moves."""
-        self._stood = 0.0
+        self._beats += 1
 
     def _watch(self) -> None:
         assert self.seconds is not None
         tick = min(_TICK_SECONDS, self.seconds / 4)
+        seen, stood = self._beats, 0.0
         while not self._ended.wait(tick):
             # Not the clock's difference: while the process was stopped, nothing could move.
-            self._stood += tick
-            if self._stood > self.seconds:
+            stood = stood + tick if self._beats == seen else 0.0
+            seen = self._beats
+            if stood > self.seconds:
                 self._give_up()
 
     def _give_up(self) -> None:
         """No exception could reach a thread that waits in a library: the process ends here."""
+        minutes = (self.seconds or 0.0) / 60
         message = (
-            f"rank {self.rank} has not moved for {self.seconds:.0f} s; the stacks of its threads "
-            f"are in {self.path}"
+            f"rank {self.rank} has not moved for training.stall_minutes "
+            f"({minutes:g}); the stacks of its threads are in {self.path}"
         )
         with contextlib.suppress(OSError), self.path.open("w") as file:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         print(f"error: {message}", file=sys.stderr, flush=True)
         write_exit_record(self.run_dir, self.rank, StalledError.exit_code, message)
         os._exit(StalledError.exit_code)
@@ -82,7 +84,8 @@ def write_exit_record(run_dir: Path, rank: int, exit_code: int, message: str) ->
 @contextlib.contextmanager
 def exit_recorded(run_dir: Path, rank: int) -> Iterator[list[int]]:
     """Leave an exit record of the block; what it appends to the list is its exit code, else 0."""
-    (run_dir / f"exit_rank_{rank}.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (run_dir / f"exit_rank_{rank}.json").unlink(missing_ok=True)
     codes: list[int] = []
     try:
         yield codes
