@@ -132,7 +132,7 @@ def reload(ranks: Ranks, folder: Path, pairs: list, text: Any) -> list:
     ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_path, monkeypatch):
     """Bit for bit, from the disk."""
     monkeypatch.setitem(CALM, "model.tie_embeddings", tied)
