@@ -234,7 +234,8 @@ def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
     for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
         tolerance = 1e-6 if sgd else 1e-5
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=tolerance)
-        assert ours["aux_losses"] == pytest.approx(theirs["aux_losses"], rel=1e-5)
+        # After a step of Adam the weights agree no better than its epsilon lets them.
+        assert ours["aux_losses"] == pytest.approx(theirs["aux_losses"], rel=1e-5 if sgd else 1e-4)
         assert torch.equal(ours["tokens_per_expert"], theirs["tokens_per_expert"])
         if sgd:
             assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-6)
