@@ -1,5 +1,6 @@
 """Does a run that stands still end with its stacks and its exit code, and a slow one not?"""
 
+import errno
 import json
 import subprocess
 import sys
@@ -73,6 +74,15 @@ def test_how_a_rank_ended_is_on_record(tmp_path):
     with pytest.raises(KeyError), exit_recorded(tmp_path, 1):
         raise KeyError("x")
     assert record() == (1, "KeyError: 'x'")
+    with pytest.raises(MemoryError), exit_recorded(tmp_path, 1):
+        raise MemoryError("cannot allocate memory")
+    assert record()[0] == 8
+    with pytest.raises(OSError, match="full"), exit_recorded(tmp_path, 1):
+        raise OSError(errno.ENOSPC, "full")
+    assert record()[0] == 7
+    with pytest.raises(KeyboardInterrupt), exit_recorded(tmp_path, 1):
+        raise KeyboardInterrupt
+    assert record()[0] == 130
     with exit_recorded(tmp_path, 1):
         # An older record would be taken for this run's.
         assert not (tmp_path / "exit_rank_1.json").exists()

@@ -26,12 +26,6 @@ def guarded(program: Callable[[], int], memory_advice: str = _TRAINING_ADVICE) -
         # While an error can still be handled; Python flushes again, and complains, at exit.
         sys.stdout.flush()
         return code
-    except PeerError as error:
-        # The rank that failed has said it.
-        return error.exit_code
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; nothing had to be saved", file=sys.stderr)
         return 130
@@ -39,14 +33,36 @@ def guarded(program: Callable[[], int], memory_advice: str = _TRAINING_ADVICE) -
         # The reader of our output went away (`| head`), which is how most programs end then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (MemoryError, RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) in FULL:
-            print(f"error: no space left on the device: {error}", file=sys.stderr)
-            return NoSpaceError.exit_code
-        if not is_out_of_memory(error):
+    except Exception as error:
+        known = exit_code_of(error)
+        if known is None:
             raise
-        print(f"error: out of memory ({first_line(error)}); {memory_advice}", file=sys.stderr)
-        return OutOfMemoryError.exit_code
+        # A PeerError has been said by the rank that failed.
+        if not isinstance(error, PeerError):
+            print(f"error: {_explain(error, memory_advice)}", file=sys.stderr)
+        return known
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of what a user can cause; None for a fault of the program's own."""
+    if isinstance(error, RunError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        return 141
+    if getattr(error, "errno", None) in FULL:
+        return NoSpaceError.exit_code
+    system = isinstance(error, MemoryError | RuntimeError | OSError)
+    return OutOfMemoryError.exit_code if system and is_out_of_memory(error) else None
+
+
+def _explain(error: Exception, memory_advice: str) -> str:
+    if isinstance(error, RunError):
+        return str(error)
+    if getattr(error, "errno", None) in FULL:
+        return f"no space left on the device: {error}"
+    return f"out of memory ({first_line(error)}); {memory_advice}"
 
 
 def first_line(error: Exception) -> str:
@@ -54,7 +70,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, the system or PyTorch could not get memory; PyTorch's CPU allocator and its
     sizes beyond 64 bits are plain RuntimeErrors."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

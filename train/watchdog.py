@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.errors import RunError, StalledError
+from train.program import exit_code_of
 
 _TICK_SECONDS = 1.0
 
@@ -89,14 +90,13 @@ def exit_recorded(run_dir: Path, rank: int) -> Iterator[list[int]]:
     codes: list[int] = []
     try:
         yield codes
-    except RunError as error:
-        write_exit_record(run_dir, rank, error.exit_code, str(error))
-        raise
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
         write_exit_record(run_dir, rank, code, "")
         raise
     except BaseException as error:
-        write_exit_record(run_dir, rank, 1, f"{type(error).__name__}: {error}")
+        known = exit_code_of(error)
+        text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        write_exit_record(run_dir, rank, 1 if known is None else known, text)
         raise
     write_exit_record(run_dir, rank, codes[-1] if codes else 0, "")
