@@ -315,11 +315,13 @@ def init_weights(model: MoETransformer, seed: int) -> None:
 
 
 class ParameterCount(NamedTuple):
-    """total; active: used by one token, embedding look-up left out; embedding: both tables."""
+    """total; active: used by one token, embedding look-up left out; embedding: both tables;
+    experts: routed ones, of all layers."""
 
     total: int
     active: int
     embedding: int
+    experts: int
 
 
 def num_parameters(model: MoETransformer) -> ParameterCount:
@@ -329,6 +331,7 @@ def num_parameters(model: MoETransformer) -> ParameterCount:
     """
     config = model.config
     total = active = sum(p.numel() for p in model.parameters())
+    experts = 0
     table = model.embedding.weight.numel()
     if not config.tie_embeddings:
         active -= table
@@ -337,10 +340,11 @@ def num_parameters(model: MoETransformer) -> ParameterCount:
         if isinstance(layer, MoELayer):
             held = sum(p.numel() for p in layer.experts.parameters())
             expert = held // layer.num_local_experts
+            experts += expert * config.moe.num_experts
             total += expert * config.moe.num_experts - held
             active += expert * config.top_k - held
     embedding = table if config.tie_embeddings else table + model.head.weight.numel()
-    return ParameterCount(total, active, embedding)
+    return ParameterCount(total, active, embedding, experts)
 
 
 def flops_per_token(model: MoETransformer, seq_len: int) -> int:

@@ -133,4 +133,12 @@ def gathered_gradients(engine: Any) -> dict[str, Any]:
             for name, parameter in engine.model.named_parameters()
             for part_name, part in split_experts(name, parameter.grad.clone()).items()
         }
-    return _gathered(engine, {"model": engine.gradient_tensors()})["model"]
+    from train.fragments import gradient_of, held_parts, split_part
+
+    found = {}
+    for number, part in enumerate(held_parts(engine.engine, engine.stage)):
+        gradient = gradient_of(engine.stage, part)
+        if gradient is not None and engine._writes(part, number):
+            for name, start, values in split_part(part, engine._first_expert, gradient):
+                found[f"{name}@{start}"] = values
+    return _gathered(engine, {"model": found})["model"]

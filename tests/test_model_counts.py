@@ -46,7 +46,8 @@ def test_parameters_equal_a_hand_formula(name):
         active += attention + 2 * 24
     table = 67 * 24
     tables = table if config.tie_embeddings else 2 * table
-    expected = (total + 24 + tables, active + 24 + table, tables)
+    experts = len(config.moe_layers) * 6 * 3 * 24 * 14
+    expected = (total + 24 + tables, active + 24 + table, tables, experts)
     assert tuple(num_parameters(model)) == expected
 
 

@@ -24,6 +24,7 @@ from train.engine import (
     TensorGroups,
     build_optimizer,
     model_state,
+    moments_by_key,
     parameter_groups,
     refuse_misfits,
 )
@@ -49,6 +50,10 @@ from train.packing import Batch
 from train.program import first_line
 from train.ranks import Ranks
 from train.run_directory import format_bytes
+from train.status import format_table
+
+# Ranks that the table at the start lists.
+_MOST_ROWS = 16
 
 
 def build_deepspeed_engine(
@@ -68,10 +73,6 @@ def build_deepspeed_engine(
         model = MoETransformer(model_config, moe_layer=expert_parallel_layer(groups))
     init_weights(model, config.seed)
     return DeepSpeedEngine(model, config, ranks, groups, device, precision, kernels)
-
-
-# Rows of the table of ranks at the start.
-_MOST_ROWS = 17
 
 
 def explain_settings(error: Exception) -> str:
@@ -106,6 +107,7 @@ class DeepSpeedEngine:
         self.model, self.device = model, torch.device(device)
         self.precision, self.kernels = precision, kernels
         self.groups, self.stage = groups, config.parallel.zero_stage
+        self._first_expert = groups.first_expert(config.model.moe.num_experts, ranks.rank)
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
         param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
@@ -127,35 +129,20 @@ class DeepSpeedEngine:
 
     def describe(self) -> str:
         """A table of the ranks: where each runs, which experts it holds, with whom it shares."""
-        moe, size = self.model.config.moe, self.groups.size
+        config, size = self.model.config, self.groups.size
         held = sum(part.weights.numel() for part in held_parts(self.engine, self.stage))
         facts = self.gather((socket.gethostname(), str(self.device), held))
-        rows: list[tuple[str, ...]] = [
-            ("rank", "machine", "device", "experts", "tokens with", "optimizer's weights")
-        ]
-        for rank, (machine, device, numbers) in enumerate(facts):
-            first = rank % size * (moe.num_experts // size)
-            group = rank - rank % size
-            rows.append(
-                (
-                    str(rank),
-                    machine,
-                    device,
-                    f"{first} to {first + moe.num_experts // size - 1}"
-                    if self.model.config.moe_layers
-                    else "none",
-                    f"ranks {group} to {group + size - 1}" if size > 1 else "nobody",
-                    format_bytes(4 * numbers),
-                )
-            )
-        if len(rows) > _MOST_ROWS:
-            rows = [*rows[:_MOST_ROWS], ("...",) * len(rows[0])]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return f"{self.world_size} ranks, ZeRO stage {self.stage}:\n" + "\n".join(lines)
+        rows = [("rank", "machine", "device", "experts", "tokens with", "optimizer's weights")]
+        for rank, (machine, device, numbers) in enumerate(facts[:_MOST_ROWS]):
+            first = self.groups.first_expert(config.moe.num_experts, rank)
+            last = first + config.moe.num_experts // size - 1
+            experts = f"{first} to {last}" if config.moe_layers else "none"
+            peers = rank - rank % size
+            sharing = f"ranks {peers} to {peers + size - 1}" if size > 1 else "nobody"
+            weights = format_bytes(4 * numbers)
+            rows.append((str(rank), machine, device, experts, sharing, weights))
+        more = "" if len(facts) <= _MOST_ROWS else f"\n... and {len(facts) - _MOST_ROWS} more"
+        return f"{self.world_size} ranks, ZeRO stage {self.stage}:\n{format_table(rows)}{more}"
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch of this rank."""
@@ -247,12 +234,6 @@ class DeepSpeedEngine:
         found = {name for names in self.gather(here) for name in names}
         return [name for name in self.state_shapes() if name in found]
 
-    @property
-    def _first_expert(self) -> int:
-        """Global number of the first expert of each layer on this rank."""
-        moe = self.model.config.moe
-        return self.groups.rank * (moe.num_experts // self.groups.size)
-
     def state_shapes(self) -> dict[str, torch.Size]:
         """Shapes of all weights of the whole model, in the order of the forward pass."""
         shapes = {}
@@ -289,16 +270,6 @@ class DeepSpeedEngine:
         state = model_state(self.model).items()
         return {name: value for name, value in state if name not in parameters}
 
-    def gradient_tensors(self) -> dict[str, Tensor]:
-        """This rank's fragments of the gradients, for tests; see `state_tensors`."""
-        found = {}
-        for number, part in enumerate(held_parts(self.engine, self.stage)):
-            gradient = gradient_of(self.stage, part)
-            if gradient is not None and self._writes(part, number):
-                for name, start, values in split_part(part, self._first_expert, gradient):
-                    found[f"{name}@{start}"] = values
-        return found
-
     def _writes(self, part: Part, number: int) -> bool:
         """Whether this rank writes a part. At stage 0 others hold the same one, and share it."""
         if self.stage > 0:
@@ -324,10 +295,7 @@ class DeepSpeedEngine:
         buffers = self._buffers()
         wanted = shapes | {name: value.shape for name, value in buffers.items()}
         refuse_misfits(weights, wanted, "checkpoint does not fit the model")
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            of, _, key = name.rpartition(":")
-            moments.setdefault(key, {})[of] = value
+        moments = moments_by_key(groups["optimizer"])
         for key, by_name in moments.items():
             if key != "step":
                 refuse_misfits(by_name, shapes, f"optimizer state {key}")

@@ -205,10 +205,7 @@ class PlainEngine:
             CheckpointError: if names or shapes differ.
         """
         load_model(self.model, groups["model"])
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, value in groups["optimizer"].items():
-            parameter, _, key = name.rpartition(":")
-            moments.setdefault(key, {})[parameter] = value
+        moments = moments_by_key(groups["optimizer"])
         joined = {key: join_experts(by_name) for key, by_name in moments.items()}
         parameters = dict(self.model.named_parameters())
         # A moment that is missing or too short would be read beyond its end by the fused kernel.
@@ -251,6 +248,15 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         for part_name, part in split_experts(name, value).items()
         if not torch.isfinite(part).all()
     ]
+
+
+def moments_by_key(named: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The `optimizer` group of a checkpoint, `NAME:KEY`, as key -> name -> tensor."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        parameter, _, key = name.rpartition(":")
+        moments.setdefault(key, {})[parameter] = value
+    return moments
 
 
 def model_state(model: MoETransformer) -> dict[str, Tensor]:

@@ -127,6 +127,10 @@ class ExpertGroups:
         for group in (self.group, self.data_group, groups._get_data_parallel_group()):
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
+    def first_expert(self, num_experts: int, rank: int) -> int:
+        """Global number of the first expert of each layer on a rank."""
+        return rank % self.size * (num_experts // self.size)
+
 
 def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
     """The MoELayer of a model whose experts are shared out over `groups`."""
@@ -146,7 +150,7 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
         def build_experts(self, config: ModelConfig) -> nn.Module:
             moe = config.moe
             self.num_local_experts = moe.num_experts // groups.size
-            self.first_expert = groups.rank * self.num_local_experts
+            self.first_expert = groups.first_expert(moe.num_experts, groups.rank)
             module = load_variant("experts", moe.experts.name)
             return module.Experts(
                 moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size

@@ -1,11 +1,15 @@
 """Which way of sharing a model out over ranks fits, and what does it cost each rank?
 
-    P   parameters outside the experts, X  parameters of all experts, W  ranks, N  expert-parallel
-    stage 0   weights, gradients, moments of P + X/N              4 + 4 + 8 bytes a parameter
-    stage 1   ... and the optimizer's float32 copy and moments of (P + X)/W
-    stage 2   gradients of (P + X)/W too; stage 3 weights too
+Parameters that a rank holds, 4 bytes each, with P outside the experts, X in all experts, W ranks
+and N that share the experts:
 
-All in float32, as DeepSpeed holds them; buckets and what stage 3 gathers for a moment left out.
+    stage   weights     gradients   optimizer
+    0       P + X/N     P + X/N     2 (P + X/N)      two moments
+    1       P + X/N     P + X/N     3 (P + X)/W      and a copy of the weights
+    2       P + X/N     (P + X)/W   3 (P + X)/W
+    3       (P + X)/W   (P + X)/W   3 (P + X)/W
+
+Buckets, and what stage 3 gathers for a moment, are left out.
 """
 
 from typing import NamedTuple
@@ -15,6 +19,7 @@ from moe.model import ParameterCount
 from train.activation_memory import activation_bytes
 from train.config import RunConfig
 from train.run_directory import format_bytes
+from train.status import format_table
 
 _FLOAT32 = 4
 
@@ -43,12 +48,6 @@ def possible_sizes(num_experts: int, world_size: int) -> list[int]:
     return [n for n in range(1, world_size + 1) if world_size % n == 0 == num_experts % n]
 
 
-def expert_parameters(model: ModelConfig) -> int:
-    """Parameters of all experts of all layers."""
-    each = 3 * model.hidden_size * model.moe.intermediate_size
-    return len(model.moe_layers) * model.moe.num_experts * each
-
-
 def plan_layouts(
     config: RunConfig,
     model: ModelConfig,
@@ -69,11 +68,10 @@ def plan_layouts(
     training = config.training.model_copy(update={"micro_batch_size": micro_batch})
     here = config.model_copy(update={"training": training})
     sizes = possible_sizes(model.moe.num_experts, world_size) if model.moe_layers else [1]
-    experts = expert_parameters(model)
     share = -(-count.total // world_size)
     layouts = []
     for size in sizes:
-        held = count.total - experts + experts // size
+        held = count.total - count.experts + count.experts // size
         sent = _all_to_all_bytes(here, model, size, passes, compute_bytes)
         kept = activation_bytes(here, model, compute_bytes)
         for stage in (0, 1, 2, 3):
@@ -109,7 +107,7 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
     """
     head = ("experts over", "ZeRO", "weights", "gradients", "optimizer", "activations")
     head += ("together", "sent a step", *(() if memory is None else ("fits",)))
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for at in layouts:
         parts = (
             at.weight_bytes,
@@ -122,8 +120,4 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
         row = (str(at.expert_parallel_size), str(at.zero_stage), *map(format_bytes, parts))
         fits = () if memory is None else ("yes" if at.total_bytes <= memory else "no",)
         rows.append((*row, *fits))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return format_table(rows, str.rjust)

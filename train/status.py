@@ -4,6 +4,7 @@ import io
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TextIO
 
 import torch
@@ -45,6 +46,14 @@ def format_duration(seconds: float) -> str:
         return f"{minutes}m{seconds:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m"
+
+
+def format_table(
+    rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.ljust
+) -> str:
+    """Rows of cells, all rows as long as the first, in columns; `justify` as `str.ljust`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(justify, row, widths)).rstrip() for row in rows)
 
 
 # What goes first where the terminal is too narrow for all: a line that wraps cannot be replaced.
