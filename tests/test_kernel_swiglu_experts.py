@@ -16,7 +16,8 @@ from conftest import (
 )
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
-from kernels.swiglu_experts import NARROW, swiglu_experts, swiglu_experts_sorted
+from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
+from kernels.swiglu_experts_torch import NARROW
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D, WIDTH = 17, 11
@@ -446,7 +447,7 @@ def test_half_a_stack_of_frozen_experts_goes_to_onednn(device, always_onednn, fr
 @pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
 @pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
 def test_no_product_is_made_for_what_is_frozen(layer, width, monkeypatch):
-    from kernels import swiglu_experts as module
+    from kernels import swiglu_experts_torch as module
 
     _, plan, tensors = inputs("all experts", 9, "cpu", width=width)
     results, matmul = [], module.matmul

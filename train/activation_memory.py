@@ -4,13 +4,13 @@ import torch
 
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
 from kernels.grouped_matmul import row_quantum
-from kernels.swiglu_experts import NARROW
+from kernels.swiglu_experts_torch import NARROW
 from moe.config import ModelConfig
 from train.config import RunConfig
 
 _FLOAT32 = 4
-# Rows of (F,) that `kernels.swiglu_experts` keeps for each assignment, by its `save`.
-_KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 3}
+# Rows of (F,) that `kernels.swiglu_experts_torch` keeps for each assignment, by its `save`.
+_KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 2}
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:

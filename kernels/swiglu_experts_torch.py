@@ -1,0 +1,372 @@
+"""The fused expert layer in plain PyTorch: what `kernels.swiglu_experts` runs on a CPU.
+
+One matmul an expert over its rows, which lie together; what is done element by element runs over
+neighbouring experts at once, in pieces that fit a core's cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
+from kernels.grouped_matmul import (
+    RowLayout,
+    Span,
+    layout_rows,
+    place_rows,
+    rows_in_use,
+    take_rows,
+    zero_idle_experts,
+)
+from kernels.launch import first_derivative_only
+from kernels.matmul import matmul
+
+# An F below which matmuls of w1 and w3 apart are slow on a CPU.
+NARROW = 256
+# Elements of the (rows, F) temporaries of one pass over neighbouring experts.
+GROUP_ELEMENTS = 1 << 19
+
+
+class Options(NamedTuple):
+    clamp: float | None
+    save: str
+    dtype: torch.dtype
+
+
+class _Needs(NamedTuple):
+    """Which gradients the backward pass is asked for."""
+
+    x: bool
+    w1: bool
+    w2: bool
+    w3: bool
+    scale: bool
+
+
+class _Kept(NamedTuple):
+    """What the forward pass leaves to the backward pass, None where it does not: H and y (R, D) of
+    all rows."""
+
+    h: Tensor | None
+    y: Tensor | None
+
+
+class _Rows(NamedTuple):
+    """Rows (R, D), or those to be gathered: row r is source[token[r]]; padding is zero.
+
+    A gathered group goes into its matmuls while it is in a core's cache; all rows at once would go
+    through memory.
+    """
+
+    source: Tensor
+    token: Tensor | None
+
+    def of(self, group: "_Group") -> Tensor:
+        if self.token is None:
+            return self.source[group.rows]
+        rows = self.source.index_select(0, self.token[group.rows])
+        for first, stop in group.padding:
+            rows[first:stop] = 0
+        return rows
+
+
+class _Weights(NamedTuple):
+    """The experts' matrices in the dtype of the matmuls.
+
+    up: those that make H: one stack (E, 2F, D), gate then up, which makes one larger matmul, where
+    a cast has to copy them anyway or they are narrow; else w1 and w3. down: w2 (E, D, F).
+    """
+
+    up: list[Tensor]
+    down: Tensor
+
+
+def _cast_weights(w1: Tensor, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> _Weights:
+    inner = w1.shape[1]
+    if w1.dtype == dtype and inner >= NARROW:
+        return _Weights([w1, w3], w2)
+    both = w1.new_empty(w1.shape[0], 2 * inner, w1.shape[2], dtype=dtype)
+    both[:, :inner], both[:, inner:] = w1, w3
+    return _Weights([both], w2.to(dtype))
+
+
+class _Group(NamedTuple):
+    """Neighbouring experts whose (rows, F) temporaries share one pass and fit a core's cache."""
+
+    rows: slice
+    experts: list[int]
+    sizes: list[int]  # rows of each
+    padding: list[tuple[int, int]]  # of each, counted from the group's first row
+
+
+def _groups(spans: list[Span], inner: int) -> list[_Group]:
+    together: list[list[Span]] = []
+    for span in spans:
+        if together and (span.stop - together[-1][0].first) * inner <= GROUP_ELEMENTS:
+            together[-1].append(span)
+        else:
+            together.append([span])
+    return [
+        _Group(
+            slice(start := group[0].first, group[-1].stop),
+            [span.expert for span in group],
+            [span.stop - span.first for span in group],
+            [(span.end - start, span.stop - start) for span in group if span.end < span.stop],
+        )
+        for group in together
+    ]
+
+
+def _multiply(
+    group: _Group, rows: Tensor, matrices: tuple[Tensor, ...], out: Tensor, *, add: bool = False
+) -> None:
+    """out = rows @ the matrix of their expert, or out += that; rows and out are of the group."""
+    parts = zip(group.experts, rows.split(group.sizes), out.split(group.sizes), strict=True)
+    for e, part, result in parts:
+        if add:
+            result += matmul(part, matrices[e])
+        else:
+            matmul(part, matrices[e], out=result)
+
+
+def _weight_grads(group: _Group, grad: Tensor, rows: Tensor, stacks: tuple[Tensor, ...]) -> None:
+    """Write grad^T @ rows of each expert of the group to its slice of the stacks, which share the
+    columns of grad."""
+    parts = zip(group.experts, grad.split(group.sizes), rows.split(group.sizes), strict=True)
+    for e, g, x in parts:
+        if len(stacks) == 1:
+            matmul(g.T, x, out=stacks[0][e])
+        else:
+            product = matmul(g.T, x).chunk(len(stacks))
+            for stack, grad_w in zip(stacks, product, strict=True):
+                stack[e] = grad_w
+
+
+def _transposed(stacks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The transposed matrices of each stack."""
+    return [stack.transpose(1, 2).unbind(0) for stack in stacks]
+
+
+def _up_projection(x: Tensor, stacks: list[tuple[Tensor, ...]], group: _Group, h: Tensor) -> None:
+    """Fill H of the group: gate and up (2, n, F) of two matrices, or both (1, n, 2F) of a stack."""
+    for part, matrices in zip(h, stacks, strict=True):
+        _multiply(group, x, matrices, part)
+
+
+def _gate_and_up(h: Tensor) -> tuple[Tensor, ...]:
+    """Views (n, F) of H, whichever way it is laid out."""
+    return h.unbind(0) if h.shape[0] == 2 else h[0].chunk(2, -1)
+
+
+def _clamped(h: Tensor, clamp: float | None) -> tuple[Tensor, ...]:
+    """gate and up after the clamp, each (n, F), from H of these rows."""
+    gate, up = _gate_and_up(h)
+    return (gate, up) if clamp is None else (gate.clamp(max=clamp), up.clamp(-clamp, clamp))
+
+
+def _empty_h(weights: _Weights, num_rows: int, like: Tensor) -> Tensor:
+    return like.new_empty(len(weights.up), num_rows, weights.up[0].shape[1])
+
+
+def _forward_rows(
+    x_rows: _Rows, weights: _Weights, layout: RowLayout, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """y of all rows (R, D), unused ones undefined; H if it is kept."""
+    h = None
+    if options.save != "x":
+        h = _empty_h(weights, layout.num_rows, x_rows.source)
+    y = x_rows.source.new_empty(layout.num_rows, x_rows.source.shape[1])
+    up_matrices, (down,) = _transposed(weights.up), _transposed([weights.down])
+    for group in _groups(layout.spans, weights.down.shape[2]):
+        rows = group.rows
+        part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
+        _up_projection(x_rows.of(group), up_matrices, group, part)
+        gate, up = _clamped(part, options.clamp)
+        _multiply(group, F.silu(gate).mul_(up), down, y[rows])
+    return y, h
+
+
+def _backward_rows(
+    grad_y: _Rows,
+    x_rows: _Rows,
+    weights: _Weights,
+    scale: Tensor,
+    kept: _Kept,
+    layout: RowLayout,
+    options: Options,
+    weight_dtype: torch.dtype,
+    needs: _Needs,
+) -> tuple[Tensor | None, ...]:
+    """The backward pass over sorted rows.
+
+    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights;
+    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,), w1, w2, w3, None where
+    they are not needed; those of unused rows are undefined.
+    """
+    num_experts, hidden, inner = weights.down.shape
+    like = x_rows.source
+    scale = scale.unsqueeze(-1).to(like.dtype)
+    grad_x = like.new_empty(layout.num_rows, hidden) if needs.x else None
+    grad_scale = like.new_empty(layout.num_rows) if needs.scale else None
+    grad_w1, grad_w3 = (
+        like.new_empty(num_experts, inner, hidden, dtype=weight_dtype) if needed else None
+        for needed in (needs.w1, needs.w3)
+    )
+    grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
+    down, up_matrices = weights.down.unbind(0), [stack.unbind(0) for stack in weights.up]
+    up_transposed = _transposed(weights.up)
+    for group in _groups(layout.spans, inner):
+        rows = group.rows
+        x, g = x_rows.of(group), grad_y.of(group)
+        if grad_scale is not None:
+            assert kept.y is not None
+            grad_scale[rows] = (g * kept.y[rows]).sum(-1)
+        g = g * scale[rows]  # of y itself from here on
+        if kept.h is None:
+            h = _empty_h(weights, rows.stop - rows.start, like)
+            _up_projection(x, up_transposed, group, h)
+        else:
+            h = kept.h[:, rows]
+        gate, up = _clamped(h, options.clamp)
+        activated = F.silu(gate)
+        a = activated * up  # (n, F)
+        grad_a = torch.empty_like(a)
+        _multiply(group, g, down, grad_a)
+        grad_h = _swiglu_backward(grad_a, activated, gate, up, h, options.clamp)
+        if grad_x is not None:
+            for i, (part, matrices) in enumerate(zip(grad_h, up_matrices, strict=True)):
+                _multiply(group, part, matrices, grad_x[rows], add=i > 0)
+        if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
+            _weight_grads(group, grad_h[0], x, (grad_w1, grad_w3))
+        else:
+            for part, grad_w in zip(_gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
+                if grad_w is not None:
+                    _weight_grads(group, part, x, (grad_w,))
+        if grad_w2 is not None:
+            _weight_grads(group, g, a, (grad_w2,))
+    return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
+
+
+def _swiglu_backward(
+    grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, h: Tensor, clamp: float | None
+) -> Tensor:
+    """Gradient of H, laid out as H, from that of a (n, F); `grad_a` is used up."""
+    grad_h = torch.empty_like(h)
+    grad_gate, grad_up = _gate_and_up(grad_h)
+    torch.mul(activated, grad_a, out=grad_up)
+    torch.ops.aten.silu_backward(grad_a.mul_(up), gate, grad_input=grad_gate)
+    if clamp is not None:
+        raw_gate, raw_up = _gate_and_up(h)
+        grad_gate.masked_fill_(raw_gate > clamp, 0)
+        grad_up.masked_fill_(raw_up.abs() > clamp, 0)
+    return grad_h
+
+
+class SwigluExpertsSorted(torch.autograd.Function):
+    """y for rows that are sorted by expert already; `scale` (R,) multiplies y."""
+
+    @staticmethod
+    def forward(ctx, rows, w1, w2, w3, scale, expert_offsets, options):
+        num_rows = rows.shape[0]
+        ctx.dtypes, rows = (rows.dtype, w1.dtype), rows.to(options.dtype)
+        layout = layout_rows(expert_offsets, num_rows, rows)
+        weights = _cast_weights(w1, w2, w3, options.dtype)
+        x_rows = place_rows(rows, layout)
+        y_rows, h = _forward_rows(_Rows(x_rows, None), weights, layout, options)
+        y, used = take_rows(y_rows, layout, num_rows), rows_in_use(layout)
+        kept = _Kept(h, None)
+        if ctx.needs_input_grad[4]:
+            kept = kept._replace(y=y_rows.clone() if y is y_rows else y_rows)
+        y[:used] *= scale[:used].unsqueeze(-1)
+        ctx.save_for_backward(x_rows, scale, *kept, weights.down, *weights.up)
+        ctx.layout, ctx.options = layout, options
+        return y
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_y):
+        x_rows, scale, h, y, down, *up = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        needs = _Needs(*ctx.needs_input_grad[:5])
+        grad_x, grad_scale, *grad_weights = _backward_rows(
+            _Rows(place_rows(grad_y.contiguous(), ctx.layout), None),
+            _Rows(x_rows, None),
+            _Weights(up, down),
+            place_rows(scale, ctx.layout),
+            _Kept(h, y),
+            ctx.layout,
+            ctx.options,
+            w_dtype,
+            needs,
+        )
+        zero_idle_experts(ctx.layout, *(g for g in grad_weights if g is not None))
+        if grad_x is not None:
+            grad_x = take_rows(grad_x, ctx.layout, scale.shape[0]).to(x_dtype)
+        if grad_scale is not None:
+            grad_scale = take_rows(grad_scale, ctx.layout, scale.shape[0]).to(scale.dtype)
+        return grad_x, *grad_weights, grad_scale, None, None
+
+
+class SwigluExperts(torch.autograd.Function):
+    """The whole layer on (T, D): gathers, experts and weighted sum in one autograd node."""
+
+    @staticmethod
+    def forward(ctx, x, w1, w2, w3, topk_weights, plan, options):
+        ctx.dtypes, x = (x.dtype, w1.dtype), x.to(options.dtype)
+        layout = layout_rows(plan.expert_offsets, plan.num_rows, x)
+        weights = _cast_weights(w1, w2, w3, options.dtype)
+        y, h = _forward_rows(_Rows(x, _tokens(plan, layout)), weights, layout, options)
+        everything = rows_in_use(layout) == plan.num_rows
+        row_of = _row_of(plan, layout)
+        out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
+        kept = _Kept(h, y if ctx.needs_input_grad[4] else None)
+        ctx.save_for_backward(x, topk_weights, *kept, weights.down, *weights.up)
+        ctx.plan, ctx.layout, ctx.options = plan, layout, options
+        return out
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_out):
+        x, topk_weights, h, y, down, *up = ctx.saved_tensors
+        plan, layout = ctx.plan, ctx.layout
+        x_dtype, w_dtype = ctx.dtypes
+        needs, token = _Needs(*ctx.needs_input_grad[:5]), _tokens(plan, layout)
+        grad_rows, grad_scale, *grad_weights = _backward_rows(
+            _Rows(grad_out.to(x.dtype), token),
+            _Rows(x, token),
+            _Weights(up, down),
+            place_rows(weights_by_row(plan.row_of, topk_weights), layout),
+            _Kept(h, y),
+            layout,
+            ctx.options,
+            w_dtype,
+            needs,
+        )
+        zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
+        row_of = _row_of(plan, layout)
+        grad_x = grad_topk = None
+        if grad_rows is not None:
+            everything = rows_in_use(layout) == plan.num_rows
+            grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
+        if grad_scale is not None:
+            grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
+            grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
+        return grad_x, *grad_weights, grad_topk, None, None
+
+
+def _tokens(plan: DispatchPlan, layout: RowLayout) -> Tensor:
+    """(R,) each row's token, laid out for the matmuls; 0 in padding."""
+    if layout.position is None:
+        return plan.token_of_row
+    used = layout.position.numel()
+    tokens = plan.token_of_row.new_zeros(layout.num_rows)
+    return tokens.index_copy_(0, layout.position, plan.token_of_row[:used])
+
+
+def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:
+    """(T, K) buffer row of each assignment, -1 for none."""
+    if layout.position is None:
+        return plan.row_of
+    return layout.position[plan.row_of.clamp(min=0)].masked_fill_(plan.row_of < 0, -1)
