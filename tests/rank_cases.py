@@ -4,20 +4,39 @@ Starting a group costs seconds, so one group runs many cases. A group that does 
 killed, with the stacks of its processes in the message.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import connection, forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from train.ranks import Ranks
+
+# What a rank needs before its own work: seconds of imports, done once for all that are forked.
+_IMPORTED = [
+    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pytest",
+    "train.deepspeed_engine",
+    "train.pretrain",
+]
+
+# Of every operation between the ranks of `run_ranks`: no default of anyone's.
+TIMEOUT_MINUTES = 1.25
 
 
 def free_port() -> int:
@@ -27,17 +46,64 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list:
+@cache
+def process_context(device: str) -> BaseContext:
+    """How ranks are started: forked from a process that has imported everything and computed
+    nothing; on a GPU each anew, as CUDA wants it."""
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def end_with_parent() -> None:
+    """End this process, started by `process_context`, when the test's own is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run_ranks(
+    world_size: int,
+    work: Callable[..., Any],
+    *args: Any,
+    seconds: float = 120,
+    device: str = "cpu",
+) -> list:
     """What `work(ranks, *args)` returns on each rank of a new process group.
 
     Raises:
         AssertionError: if a rank raises, dies, or does not end in `seconds`.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = process_context(device)
     port, results = free_port(), context.SimpleQueue()
     with tempfile.TemporaryDirectory() as logs:
         processes = [
-            context.Process(target=_child, args=(rank, world_size, port, logs, results, work, args))
+            context.Process(
+                target=_child, args=(rank, world_size, device, port, logs, results, work, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -71,27 +137,23 @@ def _read(logs: str) -> str:
     return "\n".join(path.read_text()[-4000:] for path in sorted(Path(logs).glob("*.txt")))
 
 
-def _child(rank, world_size, port, logs, results, work, args) -> None:
+def _child(rank, world_size, device, port, logs, results, work, args) -> None:
     import faulthandler
 
+    # DeepSpeed's stage 3 collects garbage: a tenth of the time without all that was imported.
+    gc.freeze()
+    end_with_parent()
     log = open(Path(logs) / f"rank_{rank}.txt", "w", buffering=1)  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
     faulthandler.dump_traceback_later(45, repeat=True, file=log)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.update(rank_environment(rank, world_size, port))
     try:
         from train.expert_parallel import connect
 
         torch.set_num_threads(1)
-        connect("cpu", Ranks(rank, rank, world_size), timeout_minutes=1)
+        connect(device, Ranks(rank, rank, world_size), timeout_minutes=TIMEOUT_MINUTES)
         torch.save(work(Ranks(rank, rank, world_size), *args), Path(logs) / f"{rank}.pt")
         results.put((rank, None))
         torch.distributed.barrier()
@@ -103,19 +165,27 @@ def _child(rank, world_size, port, logs, results, work, args) -> None:
 
 def _gathered(engine: Any, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Whole tensors of every group, on every rank, whichever engine has them."""
-    from train.checkpoint_format import join_ranks, rank_group
-
     copies = {
         group: {k: t.detach().clone() for k, t in named.items()} for group, named in parts.items()
     }
     if not engine.shared_out:
         return copies
-    everyone = {
-        rank_group(group, rank): named
-        for rank, theirs in enumerate(engine.gather(copies))
-        for group, named in theirs.items()
-    }
-    return join_ranks(everyone, engine.state_shapes())
+    shapes = engine.state_shapes()
+    fragments: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
+    joined: dict[str, dict[str, Any]] = {group: {} for group in copies}
+    for theirs in engine.gather(copies):
+        for group, named in theirs.items():
+            for key, values in named.items():
+                name, found, start = key.rpartition("@")
+                if found:
+                    fragments.setdefault(group, {}).setdefault(name, {})[int(start)] = values
+                else:
+                    joined[group][key] = values
+    for group, by_name in fragments.items():
+        for name, pieces in by_name.items():
+            shape = shapes[name if group == "model" else name.rpartition(":")[0]]
+            joined[group][name] = torch.cat([pieces[at] for at in sorted(pieces)]).view(shape)
+    return joined
 
 
 def gathered_state(engine: Any) -> dict[str, dict[str, Any]]:

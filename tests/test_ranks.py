@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from training_cases import make_config
 
 from train.deepspeed_config import derive_config
-from train.errors import CheckpointError, ConfigError
-from train.fragments import Fragment, assemble
+from train.errors import ConfigError
 from train.ranks import Ranks, check_layout, launched_ranks
 
 LAUNCHED = {
@@ -78,7 +76,22 @@ def test_what_cannot_be_shared_out_is_refused(changes, world, expected):
             {"zero_optimization": {"round_robin_gradients": True}},
             r"round_robin_gradients \(True\) does not work",
         ),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "does not work"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer.device \(nvme\) must be cpu or none",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            r"offload_optimizer \('cpu'\) must be a mapping",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "offload_optimizer.ratio is not passed on",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "offload_param needs parallel.zero_stage 3 or more, it is 1",
+        ),
     ],
 )
 def test_deepspeed_settings_that_follow_from_ours_are_refused(user, expected):
@@ -110,35 +123,3 @@ def test_we_clip_where_deepspeed_would_count_experts_wrongly(stage):
     config = make_config(Path("unused"), {"parallel.zero_stage": stage})
     derived = derive_config(config, Ranks(0, 0, 1), "float32")
     assert derived["gradient_clipping"] == (1.0 if stage else 0.0)
-
-
-SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([])}
-
-
-def pieces(*spans: tuple[str, int, int]) -> list[Fragment]:
-    return [
-        Fragment(name, start, torch.arange(start, stop, dtype=torch.float32))
-        for name, start, stop in spans
-    ]
-
-
-def test_fragments_are_put_together():
-    found = assemble(pieces(("a", 4, 6), ("b", 0, 1), ("a", 0, 4)), SHAPES)
-    assert torch.equal(found["a"], torch.arange(6.0).view(2, 3))
-    assert torch.equal(found["b"], torch.tensor(0.0))
-
-
-@pytest.mark.parametrize(
-    ("spans", "expected"),
-    [
-        ([("a", 0, 4), ("b", 0, 1)], "a: numbers 4 to 6 are missing"),
-        ([("a", 2, 6), ("b", 0, 1)], "a: numbers 0 to 2 are missing"),
-        ([("a", 0, 4), ("a", 3, 6), ("b", 0, 1)], "a: numbers 3 to 4 come twice"),
-        ([("a", 0, 6)], "b: numbers 0 to 1 are missing"),
-        ([("a", 0, 7), ("b", 0, 1)], "beyond its end"),
-        ([("a", 0, 6), ("b", 0, 1), ("c", 0, 1)], "c is unknown"),
-    ],
-)
-def test_fragments_that_do_not_cover_a_tensor_once_are_refused(spans, expected):
-    with pytest.raises(CheckpointError, match=expected):
-        assemble(pieces(*spans), SHAPES)

@@ -8,12 +8,12 @@ A checkpoint is written under a temporary name beside its place, each file and d
 and renamed; so under `step_...` there is only what was once complete.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,13 +25,16 @@ from train.checkpoint_format import (
     check_groups,
     dump_state,
     load_checkpoint,
+    open_checkpoint,
     rank_group,
     render_manifest,
     safetensors_parts,
     step_of,
     verify_checkpoint,
+    verify_together,
 )
-from train.errors import CheckpointError, ConfigError, NoSpaceError, PeerError
+from train.errors import CheckpointError, ConfigError, NoSpaceError
+from train.ranks import Gather, Ranks, agreeing, gather
 from train.run_directory import (
     MANIFEST,
     REPLACED,
@@ -51,20 +54,17 @@ from train.run_directory import (
 __all__ = [
     "Checkpoint",
     "RunLock",
-    "agreeing",
     "changed_settings",
     "find_checkpoint",
     "load_checkpoint",
     "newest_checkpoint",
+    "open_checkpoint",
     "rank_group",
     "refuse_changes",
     "save_checkpoint",
-    "sound_path",
     "verify_checkpoint",
 ]
 
-# Brings a value of each rank to all of them, in their order.
-Gather = Callable[[Any], list[Any]]
 # Size and SHA-256 of each file written.
 Files = dict[str, tuple[int, str]]
 T = TypeVar("T")
@@ -133,33 +133,12 @@ def save_checkpoint(
         with agreeing(gather), storage_errors(directory, takes):
             if rank == 0:
                 _commit(temporary, target, step, state_text, everyone, warn)
-                _prune(directory, keep_last, warn)
+        _prune(directory, keep_last, warn, rank, gather)
     except BaseException:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
-
-
-@contextlib.contextmanager
-def agreeing(gather: Gather) -> Iterator[None]:
-    """A block that all ranks go through: where one fails, all do, and none waits for it.
-
-    Raises:
-        PeerError: on the ranks that did not fail themselves.
-    """
-    error = None
-    try:
-        yield
-    except Exception as own:
-        error = own
-    told = None if error is None else (str(error), getattr(error, "exit_code", 1))
-    others = gather(told)
-    if error is not None:
-        raise error
-    for number, said in enumerate(others):
-        if said is not None:
-            raise PeerError(f"rank {number}: {said[0]}", said[1])
 
 
 def _size_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -224,19 +203,25 @@ def _put_in_place(temporary: Path, target: Path, warn: Callable[[str], None]) ->
         _remove_or_warn(aside, warn)
 
 
-def _prune(directory: Path, keep_last: int, warn: Callable[[str], None]) -> None:
+def _prune(
+    directory: Path, keep_last: int, warn: Callable[[str], None], rank: int, gather: Gather
+) -> None:
     """Delete the oldest beyond `keep_last`, but never the newest one that is sound.
 
-    Usually that is the one just written, and reading it back costs one hash of it; only where all
-    that would be kept are damaged are older ones looked at.
+    Usually that is the one just written, and reading it back costs one hash of it, which the ranks
+    share; only where all that would be kept are damaged are older ones looked at.
     """
-    listed = [path for _, path in _list_checkpoints(directory)]
-    kept, surplus = listed[:keep_last], listed[keep_last:]
-    if surplus and all(verify_checkpoint(path) for path in kept):
-        sound = next((path for path in surplus if not verify_checkpoint(path)), None)
-        surplus = [path for path in surplus if path != sound]
-    for path in reversed(surplus):
-        _remove_or_warn(path, warn)
+    with agreeing(gather), storage_errors(directory):
+        listed = [path for _, path in _list_checkpoints(directory)] if rank == 0 else []
+    listed = gather(listed)[0]
+    surplus = listed[keep_last:]
+    if not surplus:
+        return
+    sound = next((path for path in listed if not verify_together(path, rank, gather)), None)
+    if rank == 0:
+        for path in reversed(surplus):
+            if path != sound:
+                _remove_or_warn(path, warn)
 
 
 def _remove_or_warn(path: Path, warn: Callable[[str], None]) -> None:
@@ -244,6 +229,14 @@ def _remove_or_warn(path: Path, warn: Callable[[str], None]) -> None:
         remove_tree(path)
     except OSError as error:
         warn(f"cannot remove {path}: {error.strerror}; it is no longer needed")
+
+
+def _listed(run_dir: Path) -> list[tuple[int, Path]]:
+    """`_list_checkpoints` of a run, refused where something else is in their place."""
+    directory = Path(run_dir) / "checkpoints"
+    check_directory(directory, "the place of the checkpoints", writable=False)
+    with storage_errors(directory):
+        return _list_checkpoints(directory)
 
 
 def _list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -262,21 +255,27 @@ def _list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(
-    run_dir: Path, resume: Literal["auto", "never", "must"], warn: Callable[[str], None]
+    run_dir: Path,
+    resume: Literal["auto", "never", "must"],
+    warn: Callable[[str], None],
+    ranks: Ranks | None = None,
 ) -> Checkpoint | None:
-    """Load the newest sound checkpoint of a run, see `newest_checkpoint`."""
-    return newest_checkpoint(run_dir, resume, warn, load_checkpoint)
+    """The newest sound checkpoint of a run, see `newest_checkpoint`.
 
-
-def sound_path(path: Path) -> Path:
-    """The path itself, if the checkpoint there is sound.
-
-    Raises:
-        CheckpointError: if it is damaged; the message names the files.
+    Read whole by one process; of many ranks (`ranks`), opened by each, which reads its own part.
     """
-    if problems := verify_checkpoint(path):
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-    return path
+    if ranks is None:
+        return newest_checkpoint(run_dir, resume, warn, load_checkpoint)
+    places = gather([path.name for _, path in _listed(run_dir)])
+    for number, names in enumerate(places):
+        if names != places[0]:
+            raise ConfigError(
+                f"rank {number} finds the checkpoints {names or 'none'}, rank 0 "
+                f"{places[0] or 'none'}: output_dir ({run_dir}) must be one directory for all "
+                f"ranks, on a file system that they share"
+            )
+    opened = partial(open_checkpoint, rank=ranks.rank, gather=gather)
+    return newest_checkpoint(run_dir, resume, warn, opened)
 
 
 def newest_checkpoint(
@@ -302,9 +301,7 @@ def newest_checkpoint(
         CheckpointError: there are checkpoints and all of them are damaged.
     """
     directory = Path(run_dir) / "checkpoints"
-    check_directory(directory, "the place of the checkpoints", writable=False)
-    with storage_errors(directory):
-        listed = _list_checkpoints(directory)
+    listed = _listed(run_dir)
     if not listed:
         if resume == "must":
             raise ConfigError(

@@ -16,17 +16,18 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from train.errors import CheckpointError
-from train.fragments import Fragment, assemble
+from train.ranks import Gather
 from train.run_directory import MANIFEST, REPLACED
+from train.stored_tensors import DTYPES, Kind, Piece, StoredGroup, join_pieces, open_file
 
 FORMAT = 1
 # Groups that ranks share out in fragments of their tensors.
@@ -36,22 +37,17 @@ _STEP_NAME = re.compile(r"step_(\d{8,})", re.ASCII)
 # A group of which each rank has written its own part.
 _RANK_PART = re.compile(r"(\w+)_rank_(\d{5})", re.ASCII)
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_]{1,64}", re.ASCII)
+# What reading a file raises that is not what it should be.
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors|state\.json", re.ASCII)
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class Checkpoint(NamedTuple):
@@ -63,7 +59,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
 
 
@@ -76,30 +72,68 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it is damaged; the message names the files.
     """
+    checkpoint = open_checkpoint(path)
+    return checkpoint._replace(
+        tensors={group: dict(stored) for group, stored in checkpoint.tensors.items()}
+    )
+
+
+def open_checkpoint(
+    path: Path, rank: int = 0, gather: Gather = lambda value: [value]
+) -> Checkpoint:
+    """As `load_checkpoint`, but tensors are read from the disk when they are asked for.
+
+    Of many ranks each calls this; every byte is checked by one of them.
+
+    Raises:
+        CheckpointError: on all ranks if one finds it damaged; the message names the files.
+    """
     path = Path(path)
-    manifest, problems = _inspect(path)
-    if manifest is None:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(manifest["files"]):
-        if name == STATE:
-            continue
+    problems = verify_together(path, rank, gather)
+    state: dict[str, Any] = {}
+    groups: dict[str, StoredGroup] = {}
+    step = 0
+    if not problems:
         try:
-            # A clone, because `load_file` maps the file: the values would follow later changes.
-            loaded = load_file(path / name)
-            tensors[name.removesuffix(".safetensors")] = {k: t.clone() for k, t in loaded.items()}
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {name}: {error}") from error
+            step, groups, state = _open(path)
+        except CheckpointError as error:
+            problems = [str(error)]
+    # What is wrong with the contents every rank sees for itself.
+    if problems:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
+    return Checkpoint(path, step, groups, state)
+
+
+def _open(path: Path) -> tuple[int, dict[str, StoredGroup], dict[str, Any]]:
+    """Step, groups and state of a checkpoint whose bytes are those of the manifest."""
+    name = STATE
     try:
+        manifest = _read_manifest(path)
         state = parse_json((path / STATE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {STATE}: {error}") from error
-    try:
         shapes = {name: torch.Size(shape) for name, shape in state.get("shapes", {}).items()}
-        tensors = join_ranks(tensors, shapes)
-    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return Checkpoint(path, manifest["step"], tensors, state)
+        pieces: dict[str, list[Piece]] = {}
+        kinds: dict[str, dict[str, Kind]] = {}
+        for name in sorted(manifest["files"].keys() - {STATE}):
+            part = name.removesuffix(".safetensors")
+            whole = whole_group(part)
+            group = whole if whole in FRAGMENTED else part
+            found, theirs = open_file(path / name, partial(_shape_of_whole, shapes, group))
+            pieces.setdefault(group, []).extend(found)
+            kinds.setdefault(group, {}).update(theirs)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    groups = {group: join_pieces(pieces[group], kinds[group]) for group in pieces}
+    for missing in shapes.keys() - (groups["model"].kinds.keys() if "model" in groups else ()):
+        raise CheckpointError(f"{missing}: no file has it")
+    return manifest["step"], groups, state
+
+
+def _shape_of_whole(shapes: Mapping[str, torch.Size], group: str, name: str) -> torch.Size:
+    """Shape of the whole tensor of which there are fragments; moments have that of their weight."""
+    weight = name.rpartition(":")[0] if group == "optimizer" else name
+    if weight not in shapes:
+        raise CheckpointError(f"{name} is unknown to this model")
+    return shapes[weight]
 
 
 def rank_group(group: str, rank: int) -> str:
@@ -113,66 +147,37 @@ def whole_group(part: str) -> str:
     return part if match is None else match[1]
 
 
-def join_ranks(
-    tensors: dict[str, dict[str, Tensor]], shapes: Mapping[str, torch.Size]
-) -> dict[str, dict[str, Tensor]]:
-    """The groups that ranks wrote in fragments, whole, under their own names.
-
-    Args: shapes: of the weights; moments have those of theirs.
-    Raises:
-        CheckpointError: if the fragments of a tensor do not cover it exactly once.
-    """
-    joined: dict[str, dict[str, Tensor]] = {}
-    fragments: dict[str, list[Fragment]] = {}
-    for part, named in tensors.items():
-        whole = whole_group(part)
-        if part == whole or whole not in FRAGMENTED:
-            joined[part] = named
-            continue
-        group = joined.setdefault(whole, {})
-        for key, values in named.items():
-            name, found, start = key.rpartition("@")
-            if found:
-                fragment = Fragment(name, int(start), values)
-                fragments.setdefault(whole, []).append(fragment)
-            else:
-                group[key] = values
-    for group_name, pieces in fragments.items():
-        wanted = dict(shapes)
-        if group_name == "optimizer":
-            keys = {piece.name.rpartition(":")[2] for piece in pieces}
-            wanted = {f"{name}:{key}": shape for name, shape in shapes.items() for key in keys}
-        joined[group_name] |= assemble(pieces, wanted)
-    return joined
-
-
-def verify_checkpoint(path: Path) -> list[str]:
+def verify_checkpoint(path: Path, rank: int = 0, num_ranks: int = 1) -> list[str]:
     """Say what is wrong with a checkpoint, one line per file, `file: problem`; [] if it is sound.
 
-    Found are missing, unreadable, unknown and resized files and any changed bit.
+    Found are missing, unreadable, unknown and resized files and any changed bit. Of `num_ranks`
+    each checks its share of the files.
     """
-    return _inspect(Path(path))[1]
-
-
-def _inspect(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest if the checkpoint is sound, else None; and the problems."""
+    path = Path(path)
     try:
         manifest = _read_manifest(path)
         present = set(os.listdir(path)) - {MANIFEST}
     except OSError as error:
         where = MANIFEST if path.is_dir() else path.name
-        return None, [f"{where}: {error.strerror}"]
+        return [f"{where}: {error.strerror}"]
     except (ValueError, RecursionError) as error:
-        return None, [f"{MANIFEST}: {error}"]
+        return [f"{MANIFEST}: {error}"]
     problems = [f"{name}: not in the manifest" for name in sorted(present - set(manifest["files"]))]
-    for name, expected in sorted(manifest["files"].items()):
+    for name, expected in sorted(manifest["files"].items())[rank::num_ranks]:
         try:
             problem = _compare(path / name, expected)
         except OSError as error:
             problem = error.strerror
         if problem:
             problems.append(f"{name}: {problem}")
-    return (None if problems else manifest), problems
+    return problems
+
+
+def verify_together(path: Path, rank: int, gather: Gather) -> list[str]:
+    """`verify_checkpoint` by all ranks, each of which reads a part; the same answer on all."""
+    num_ranks = len(gather(None))
+    found = gather(verify_checkpoint(path, rank, num_ranks))
+    return list(dict.fromkeys(line for lines in found for line in lines))
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> str | None:
@@ -227,8 +232,8 @@ def check_groups(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
                 raise ValueError(f"{group}: tensor name {name!r} must be text, not __metadata__")
             if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
                 raise ValueError(f"{group}: {name} must be a dense tensor that holds values")
-            if tensor.dtype not in _DTYPES:
-                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            if tensor.dtype not in DTYPES:
+                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
                 raise ValueError(f"{group}: {name} is {tensor.dtype}, must be one of {allowed}")
 
 
@@ -256,7 +261,7 @@ def stream_safetensors(
         dtype, shape = kinds[name]
         start, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[dtype],
+            "dtype": DTYPES[dtype],
             "shape": list(shape),
             "data_offsets": [start, end],
         }

@@ -1,6 +1,7 @@
 """What is DeepSpeed told? Its configuration, from ours and the user's `deepspeed:` beside it."""
 
 import copy
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,8 +29,6 @@ DERIVED = {
 # What lays weights or gradients out in ways that our checkpoints and norms do not read.
 REFUSED = (
     "zero_optimization.round_robin_gradients",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
     "zero_optimization.cpu_offload",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.zero_quantized_weights",
@@ -43,6 +42,10 @@ REFUSED = (
 )
 
 
+# From which stage something can be offloaded, and what can be said of it. Not to NVMe: DeepSpeed
+# keeps it there in files of its own, which our checkpoints do not read.
+OFFLOAD = {"offload_optimizer": 1, "offload_param": 3}
+OFFLOAD_SETTINGS = ("device", "pin_memory")
 # Further sections that a user may set; what no one has tried may change the arithmetic.
 ALLOWED = (
     "zero_optimization",
@@ -65,7 +68,7 @@ def derive_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, 
         ConfigError: if `deepspeed:` sets what follows from our settings or cannot be, or the batch
             does not divide among the ranks.
     """
-    check_user_settings(config.deepspeed)
+    check_user_settings(config)
     user = copy.deepcopy(config.deepspeed)
     passes = config.micro_batches_per_rank(ranks.world_size)
     stage, clip = config.parallel.zero_stage, config.optimizer.gradient_clip
@@ -76,6 +79,8 @@ def derive_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, 
         # At stage 0 DeepSpeed's norm counts one rank's experts for all: there we clip ourselves.
         "gradient_clipping": clip if clip is not None and stage > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
+        # Offloaded, PyTorch's optimizer stays too: DeepSpeed's would be compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
             "enabled": precision == "bfloat16",
             "dtype": "bfloat16",
@@ -91,12 +96,13 @@ def derive_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, 
     return {**derived, "zero_optimization": zero, **user}
 
 
-def check_user_settings(user: dict[str, Any]) -> None:
+def check_user_settings(config: RunConfig) -> None:
     """Refuse settings of `deepspeed:` that we make ourselves, or that it cannot have here.
 
     Raises:
         ConfigError: with a line for each.
     """
+    user = config.deepspeed
     zero = user.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(
@@ -120,5 +126,22 @@ def check_user_settings(user: dict[str, Any]) -> None:
             problems.append(f"{found} follows from {setting}: leave it out, and set {setting}")
         else:
             problems.append(f"{found} does not work with this program's checkpoints: leave it out")
+    problems += _offload_problems(zero, config.parallel.zero_stage)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _offload_problems(zero: dict[str, Any], stage: int) -> Iterator[str]:
+    for section, first_stage in OFFLOAD.items():
+        if section not in zero:
+            continue
+        found, where = zero[section], f"deepspeed.zero_optimization.{section}"
+        if not isinstance(found, dict):
+            yield f"{where} ({found!r}) must be a mapping, such as {{device: cpu}}"
+            continue
+        for key in found.keys() - set(OFFLOAD_SETTINGS):
+            yield f"{where}.{key} is not passed on; there are {', '.join(OFFLOAD_SETTINGS)}"
+        if found.get("device") not in ("cpu", "none"):
+            yield f"{where}.device ({found.get('device')}) must be cpu or none"
+        elif found["device"] == "cpu" and stage < first_stage:
+            yield f"{where} needs parallel.zero_stage {first_stage} or more, it is {stage}"

@@ -8,7 +8,7 @@ DeepSpeed divides them by the number of ranks, which `backward` makes up for.
 import copy
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from train.engine import (
     TensorGroups,
     build_optimizer,
     model_state,
-    moments_by_key,
     parameter_groups,
     refuse_misfits,
 )
@@ -33,7 +32,6 @@ from train.expert_names import expert_name
 from train.expert_parallel import (
     ExpertGroups,
     expert_parallel_layer,
-    gather,
     is_expert,
     split_expert_groups,
 )
@@ -48,9 +46,10 @@ from train.fragments import (
 )
 from train.packing import Batch
 from train.program import first_line
-from train.ranks import Ranks
+from train.ranks import Ranks, gather
 from train.run_directory import format_bytes
 from train.status import format_table
+from train.stored_tensors import moments_by_key
 
 # Ranks that the table at the start lists.
 _MOST_ROWS = 16
@@ -284,13 +283,13 @@ class DeepSpeedEngine:
         """PyTorch's, inside DeepSpeed's."""
         return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
 
-    def load_state_tensors(self, groups: TensorGroups) -> None:
+    def load_state_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore from whole tensors, whichever engine they are of.
 
         Raises:
             CheckpointError: if names or shapes differ.
         """
-        weights = dict(groups["model"])
+        weights = groups["model"]
         shapes = self.state_shapes()
         buffers = self._buffers()
         wanted = shapes | {name: value.shape for name, value in buffers.items()}
@@ -313,7 +312,7 @@ class DeepSpeedEngine:
                     held.copy_(part.weights)
                 self._load_moments(part, moments)
 
-    def _load_moments(self, part: Part, moments: dict[str, dict[str, Tensor]]) -> None:
+    def _load_moments(self, part: Part, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         state = self._optimizer.state[part.flat]
         for key, by_name in moments.items():
             if key == "step":

@@ -19,7 +19,8 @@ from train.device import choose_device, choose_kernels, choose_precision
 from train.errors import CheckpointError
 from train.expert_names import join_experts, split_experts
 from train.packing import Batch
-from train.ranks import Ranks
+from train.ranks import Ranks, gather
+from train.stored_tensors import moments_by_key, shape_of
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -90,7 +91,7 @@ class Engine(Protocol):
         """Weights, buffers and moments under names that do not depend on the layout of ranks; of
         many ranks each has its fragments, `NAME@START` of the flattened tensor."""
 
-    def load_state_tensors(self, groups: TensorGroups) -> None:
+    def load_state_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore from whole tensors; every name must be there, and no other.
 
         Raises:
@@ -198,7 +199,7 @@ class PlainEngine:
             weights.update(split_experts(name, value))
         return {"model": weights, "optimizer": moments}
 
-    def load_state_tensors(self, groups: TensorGroups) -> None:
+    def load_state_tensors(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore what `state_tensors` returned; every name must be there, and no other.
 
         Raises:
@@ -232,9 +233,8 @@ def refuse_misfits(
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     problems += [f"{name} is unknown to this model" for name in tensors if name not in shapes]
     for name in shapes.keys() & tensors.keys():
-        if tensors[name].shape != shapes[name]:
-            found, needed = tuple(tensors[name].shape), tuple(shapes[name])
-            problems.append(f"{name} is {found}, needs {needed}")
+        if (found := shape_of(tensors, name)) != shapes[name]:
+            problems.append(f"{name} is {tuple(found)}, needs {tuple(shapes[name])}")
     if problems:
         raise CheckpointError(f"{what}: " + "; ".join(sorted(problems)[:5]))
 
@@ -250,15 +250,6 @@ def nonfinite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     ]
 
 
-def moments_by_key(named: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The `optimizer` group of a checkpoint, `NAME:KEY`, as key -> name -> tensor."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, value in named.items():
-        parameter, _, key = name.rpartition(":")
-        moments.setdefault(key, {})[parameter] = value
-    return moments
-
-
 def model_state(model: MoETransformer) -> dict[str, Tensor]:
     """What a checkpoint has of a model: parameters, tied ones once, and persistent buffers."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -266,7 +257,7 @@ def model_state(model: MoETransformer) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 
-def load_model(model: MoETransformer, tensors: dict[str, Tensor]) -> None:
+def load_model(model: MoETransformer, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model from the `model` group of a checkpoint.
 
     Raises:
@@ -330,7 +321,6 @@ def build_engine(
     if ranks is not None:
         # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
         from train.deepspeed_engine import build_deepspeed_engine
-        from train.expert_parallel import gather
 
         # `auto` measures, and ranks that share their cores may measure differently.
         precision = gather(precision)[0]

@@ -1,6 +1,7 @@
 """How are the experts of a stack named in a checkpoint? Each alone, by its global number."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def split_experts(name: str, value: Tensor, first_expert: int = 0) -> dict[str, 
     return {expert_name(name, expert) or name: part for expert, part in parts}
 
 
-def join_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def join_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of `split_experts` over a whole state; a scalar kept once for a stack stays.
 
     Raises:

@@ -99,13 +99,6 @@ def peer_errors(rank: int, timeout_minutes: float) -> Iterator[None]:
         ) from error
 
 
-def gather(value: Any) -> list[Any]:
-    """The picklable values of all ranks, in their order, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 class ExpertGroups:
     """The expert and expert-data groups of this process; made once for each size.
 

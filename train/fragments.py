@@ -9,14 +9,14 @@ file knows where DeepSpeed keeps them:
     stage 3     in the partitions of each parameter
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.errors import CheckpointError
 from train.expert_names import expert_name
+from train.stored_tensors import numbers_of
 
 
 class Fragment(NamedTuple):
@@ -112,46 +112,7 @@ def split_part(part: Part, first_expert: int, values: Tensor) -> Iterator[Fragme
         yield Fragment(name, begin - expert * size, values[begin - first : stop - first])
 
 
-def assemble(fragments: Iterable[Fragment], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole tensors from fragments of them.
-
-    Raises:
-        CheckpointError: if a tensor is not covered exactly once.
-    """
-    whole: dict[str, Tensor] = {}
-    pieces: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
-    for name, start, values in fragments:
-        if name not in shapes:
-            raise CheckpointError(f"{name} is unknown to this model")
-        size = shapes[name].numel()
-        if start < 0 or start + values.numel() > size:
-            raise CheckpointError(f"{name} has numbers beyond its end ({size})")
-        flat = whole[name] if name in whole else whole.setdefault(name, values.new_empty(size))
-        if flat.dtype != values.dtype:
-            raise CheckpointError(f"{name} has fragments of {flat.dtype} and {values.dtype}")
-        flat[start : start + values.numel()] = values
-        pieces[name].append((start, start + values.numel()))
-    for name, spans in pieces.items():
-        check_cover(name, spans, shapes[name].numel())
-    return {name: flat.view(shapes[name]) for name, flat in whole.items()}
-
-
-def check_cover(name: str, spans: Iterable[tuple[int, int]], size: int) -> None:
-    """Refuse spans (start, stop) that do not cover 0 to `size` exactly once.
-
-    Raises:
-        CheckpointError: saying what is missing or comes twice.
-    """
-    end = 0
-    for start, stop in [*sorted(spans), (size, size)]:
-        if start != end:
-            problem = "are missing" if start > end else "come twice"
-            between = f"{min(start, end)} to {max(start, end)}"
-            raise CheckpointError(f"{name}: numbers {between} {problem}")
-        end = stop
-
-
 def fill(part: Part, target: Tensor, tensors: Mapping[str, Tensor], first_expert: int) -> None:
     """Copy a part's numbers, from whole tensors, into `target` (n,)."""
     for name, start, values in split_part(part, first_expert, target):
-        values.copy_(tensors[name].reshape(-1)[start : start + values.numel()])
+        values.copy_(numbers_of(tensors, name, start, start + values.numel()))

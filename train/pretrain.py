@@ -18,7 +18,6 @@ from train.arguments import parse_arguments
 from train.checkpoint import (
     Checkpoint,
     RunLock,
-    agreeing,
     changed_settings,
     find_checkpoint,
     rank_group,
@@ -38,7 +37,14 @@ from train.metrics import MetricsWriter
 from train.plan import Plan, check_memory, describe_plan, make_plan, memory_errors
 from train.program import guarded
 from train.random_state import get_random_state, seed_all, set_random_state
-from train.ranks import Ranks, check_layout, first_rank_first, launched_ranks
+from train.ranks import (
+    Ranks,
+    agreeing,
+    check_layout,
+    first_rank_first,
+    gather,
+    launched_ranks,
+)
 from train.run_directory import replace_file, storage_errors
 from train.status import StatusLine
 from train.summary import render_summary, summarize
@@ -58,7 +64,7 @@ def _main(options: Any, overrides: list[str]) -> int:
         refuse_foreign_kernels()
         config = load_config(options.config, overrides)
         ranks = launched_ranks()
-        check_user_settings(config.deepspeed)
+        check_user_settings(config)
         if ranks is not None:
             check_layout(config, ranks)
     if options.print_config:
@@ -85,7 +91,7 @@ def run_as_rank(config: RunConfig, ranks: Ranks) -> int:
         ConfigError: if the ranks were started with different settings.
     """
     # Not at the head: one process needs no DeepSpeed, whose import takes seconds.
-    from train.expert_parallel import connect, disconnect, gather, peer_errors
+    from train.expert_parallel import connect, disconnect, peer_errors
 
     run_dir, rank = Path(config.output_dir), ranks.rank
     lost_peers = partial(peer_errors, rank, config.parallel.timeout_minutes)
@@ -204,7 +210,7 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
     """
     # Before minutes are spent on the data.
     run_dir = Path(config.output_dir)
-    found = find_checkpoint(run_dir, config.checkpoint.resume, warner(status))
+    found = find_checkpoint(run_dir, config.checkpoint.resume, warner(status), ranks)
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
     status.message(describe(data))
     model = with_vocab_size(config.model, data.tokenizer.vocab_size)
@@ -217,7 +223,6 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
     earlier = found.state["precision"] if found else None
     with memory_errors(plan, config, model):
         engine = build_engine(config, model, ranks=ranks, precision=earlier)
-        refuse_different_positions(engine, found)
         position = restore(engine, found, config.seed) if found else Position()
     if found is not None:
         # The rest of the tensors is as large as the model and its moments.
@@ -348,20 +353,6 @@ def open_writer(
     writer = MetricsWriter(run_dir / "tensorboard", model, first_step, warn)
     writer.write_text("config", dump_config(config), first_step)
     return contextlib.closing(writer)
-
-
-def refuse_different_positions(engine: Engine, found: Checkpoint | None) -> None:
-    """Refuse ranks that would go on from different checkpoints.
-
-    Raises:
-        ConfigError: with the steps that they found.
-    """
-    steps = engine.gather(found.step if found else 0)
-    if len(set(steps)) > 1:
-        raise ConfigError(
-            f"the ranks find checkpoints of different steps {steps}: output_dir must be one "
-            f"directory for all of them, on a shared file system"
-        )
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, seed: int) -> Position:

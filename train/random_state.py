@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def get_random_state() -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, Tensor]) -> None:
+def set_random_state(state: Mapping[str, Tensor]) -> None:
     """Continue the streams where `get_random_state` found them."""
     torch.set_rng_state(state["torch"])
     gauss = state["python_gauss"].item()

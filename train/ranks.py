@@ -7,12 +7,16 @@ them the program is the only process.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
 
 from train.config import RunConfig
 from train.errors import ConfigError, PeerError, RunError
 
+# Brings a value of each rank to all of them, in their order.
+Gather = Callable[[Any], list[Any]]
 _PATIENCE_SECONDS = 5.0
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,6 +74,36 @@ def first_rank_first(environment: Mapping[str, str] = os.environ) -> Iterator[No
         if environment.get("RANK", "0") != "0":
             time.sleep(_PATIENCE_SECONDS)
         raise
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable values of all ranks, in their order, on every rank; of one process, its own."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def agreeing(gather: Gather = gather) -> Iterator[None]:
+    """A block that all ranks go through: where one fails, all do, and none waits for it.
+
+    Raises:
+        PeerError: on the ranks that did not fail themselves.
+    """
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    told = None if error is None else (str(error), getattr(error, "exit_code", 1))
+    others = gather(told)
+    if error is not None:
+        raise error
+    for number, said in enumerate(others):
+        if said is not None:
+            raise PeerError(f"rank {number}: {said[0]}", said[1])
 
 
 def check_layout(config: RunConfig, ranks: Ranks) -> None:
