@@ -13,6 +13,7 @@ one, without a capacity, padding or a dropped token.
     unpermute       sum over K, weighted by the router
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def expert_parallel_dispatch(
     group: dist.ProcessGroup,
     *,
     backend: str = "auto",
+    meanwhile: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Send tokens to the ranks that hold their experts, and sum what comes back.
 
@@ -70,6 +72,8 @@ def expert_parallel_dispatch(
         routing: of the same tokens, over all E experts.
         group: of N ranks; N divides E.
         backend: of the kernels.
+        meanwhile: computes a further (T, D) that is added to the result, from tokens that stay
+            here, such as shared experts: called while the rows travel, and likewise backward.
     Returns:
         (T, D).
     Raises:
@@ -91,34 +95,69 @@ def expert_parallel_dispatch(
     send, receive = torch.stack([ours, theirs]).view(2, size, -1).sum(-1).tolist()
     # Rows without an assignment stay here; no token asks for them.
     staying = plan.num_rows - sum(send)
-    arrived = _AllToAll.apply(rows[: sum(send)] if staying else rows, send, receive, group)
+    there = _Exchange(send, receive, group)
+    arrived = _Depart.apply(rows[: sum(send)] if staying else rows, there)
+    beside = None if meanwhile is None else meanwhile()
+    arrived = _Arrive.apply(arrived, there)
     num_local = ours.numel() // size
     expert_of_row = torch.arange(num_local, device=x.device).repeat(size)
     expert_of_row = expert_of_row.repeat_interleave(theirs, output_size=sum(receive))
     local_plan = plan_dispatch(expert_of_row.unsqueeze(-1), num_local)
     ones = routing.topk_weights.new_ones(sum(receive), 1)
     done = _apply_experts(experts, arrived, local_plan, ones, backend)
-    back = _AllToAll.apply(done, receive, send, group)
+    home = _Exchange(receive, send, group)
+    back = _Arrive.apply(_Depart.apply(done, home), home)
     if staying:
         back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
-    return unpermute(back, plan, routing.topk_weights)
+    out = unpermute(back, plan, routing.topk_weights)
+    return out if beside is None else out + beside
 
 
-class _AllToAll(torch.autograd.Function):
+class _Exchange:
     """Rows (R, D) to the ranks of a group, send[i] of them to rank i; gradients the other way."""
 
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup):
+        self.send, self.receive, self.group = send, receive, group
+        self._under_way: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """The rows that will have arrived after `wait`."""
+        rows = rows.contiguous()
+        arrived = rows.new_empty(sum(receive), rows.shape[1])
+        work = dist.all_to_all_single(arrived, rows, receive, send, group=self.group, async_op=True)
+        self._under_way = work, rows, arrived
+        return arrived
+
+    def wait(self) -> Tensor:
+        assert self._under_way is not None
+        work, _, arrived = self._under_way
+        work.wait()
+        self._under_way = None
+        return arrived
+
+
+# Two functions, so that others run while rows are under way, in the backward pass too: that of
+# `_Arrive` sends the gradients off, that of `_Depart` waits for them.
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, send, receive, group):
-        ctx.sizes, ctx.group = (send, receive), group
-        return _exchange(rows, send, receive, group)
+    def forward(ctx, rows, exchange):
+        ctx.exchange = exchange
+        return exchange.start(rows, exchange.send, exchange.receive)
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return ctx.exchange.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, arrived, exchange):
+        ctx.exchange = exchange
+        exchange.wait()
+        return arrived.view_as(arrived)
 
     @staticmethod
     def backward(ctx, grad):
-        send, receive = ctx.sizes
-        return _exchange(grad, receive, send, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-    arrived = rows.new_empty(sum(receive), rows.shape[1])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
-    return arrived
+        ctx.exchange.start(grad, ctx.exchange.receive, ctx.exchange.send)
+        # Of the shape that autograd wants; `_Depart` takes what comes from the other ranks.
+        return grad, None

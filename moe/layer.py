@@ -5,6 +5,8 @@
 5. shared experts, which every token passes, are added
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,16 +69,15 @@ class MoELayer(nn.Module):
             config.moe.intermediate_size,
         )
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
-        """Steps 2-4; an expert-parallel layer puts an all-to-all around it."""
-        return local_dispatch(self.experts, x, routing, backend=self.backend)
+    def dispatch(self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None) -> Tensor:
+        """Steps 2-5, `shared` computes the last; an expert-parallel layer has all-to-alls there."""
+        out = local_dispatch(self.experts, x, routing, backend=self.backend)  # (T, D)
+        return out if shared is None else out + shared()
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
-        out = self.dispatch(x, routing)  # (T, D)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return out, routing
+        shared = None if self.shared_experts is None else partial(self.shared_experts, x)
+        return self.dispatch(x, routing, shared), routing
 
 
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:

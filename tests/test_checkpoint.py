@@ -30,10 +30,10 @@ from checkpoint_cases import (
     values_of,
 )
 
+from train.changed_settings import refuse_changes
 from train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
-    refuse_changes,
     save_checkpoint,
     verify_checkpoint,
 )

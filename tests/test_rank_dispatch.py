@@ -1,5 +1,6 @@
 """Do tokens reach experts on other ranks and come back, whatever each rank has to send?"""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -102,3 +103,47 @@ def exchange(ranks: Ranks, size: int) -> list[str]:
 )
 def test_experts_on_other_ranks_give_what_experts_here_give(world, size):
     assert run_ranks(world, exchange, size, seconds=120) == [[]] * world
+
+
+def overlap(ranks: Ranks) -> list[bool]:
+    """Rank 1 sends its rows, and later its gradients, only when rank 0 is at what it does
+    meanwhile; on rank 0, whether its own were under way then."""
+    import moe.dispatcher
+    from train.expert_parallel import ExpertGroups
+
+    groups = ExpertGroups(2, timeout_minutes=0.5)
+    store = dist.distributed_c10d._get_default_store()
+    real, exchanges, under_way = moe.dispatcher._Exchange.start, [], []
+
+    def start(self: Any, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        exchanges.append(self)
+        # There and back, then the gradients of both: those of the way there come last.
+        if ranks.rank == 1 and len(exchanges) in (1, 4):
+            store.wait([f"meanwhile {len(exchanges)}"], timedelta(seconds=20))
+        return real(self, rows, send, receive)
+
+    moe.dispatcher._Exchange.start = start  # type: ignore[method-assign]
+    x = randn(6, D, seed=ranks.rank).double().requires_grad_()
+
+    def meanwhile() -> torch.Tensor:
+        reached(None)
+        beside = 2 * x
+        beside.register_hook(reached)
+        return beside
+
+    def reached(_grad: torch.Tensor | None) -> None:
+        if ranks.rank == 0:
+            under_way.append(exchanges[-1]._under_way is not None)
+            store.set(f"meanwhile {len(exchanges)}", "")
+
+    routing = routing_of("random", len(x), ranks.rank)
+    experts = Experts(groups.rank * E // 2, E // 2, fused=True)
+    out = expert_parallel_dispatch(experts, x, routing, groups.group, meanwhile=meanwhile)
+    whole = local_dispatch(Experts(0, E, fused=True), x, routing) + 2 * x
+    assert relative_error(out, whole) < 1e-10
+    out.sum().backward()
+    return under_way
+
+
+def test_shared_experts_compute_while_rows_are_under_way():
+    assert run_ranks(2, overlap, seconds=60) == [[True, True], []]

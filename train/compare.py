@@ -30,10 +30,10 @@ from train.engine import build_engine
 from train.errors import ConfigError, DataError
 from train.loop import Loop, Position, StopRequest
 from train.plan import describe_plan, make_plan
-from train.pretrain import identity
 from train.program import guarded
 from train.random_state import seed_all
 from train.run_directory import RunLock, make_directory, replace_file, storage_errors
+from train.run_state import identity
 from train.status import StatusLine
 from train.tokenizer import planned_vocab_size, with_vocab_size
 

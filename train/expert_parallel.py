@@ -18,7 +18,7 @@ three parameters w1, w2, w3: what stands here follows deepspeed 0.19 and is held
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.dispatcher import expert_parallel_dispatch, local_dispatch
+from moe.dispatcher import expert_parallel_dispatch
 from moe.layer import MoELayer
 from moe.routing import Routing
 from moe.variants import load_variant
@@ -149,11 +149,18 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
                 moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size
             )
 
-        def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
+        def dispatch(
+            self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None
+        ) -> Tensor:
             if groups.size == 1:
-                return local_dispatch(self.experts, x, routing, backend=self.backend)
+                return MoELayer.dispatch(self, x, routing, shared)
             return expert_parallel_dispatch(
-                self.experts, x, routing, groups.group, backend=self.backend
+                self.experts,
+                x,
+                routing,
+                groups.group,
+                backend=self.backend,
+                meanwhile=shared,
             )
 
         def forward(self, x: Tensor, context: Any) -> tuple[Tensor, Routing]:

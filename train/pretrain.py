@@ -15,15 +15,8 @@ from typing import Any, NamedTuple
 
 from moe.config import ModelConfig
 from train.arguments import parse_arguments
-from train.checkpoint import (
-    Checkpoint,
-    RunLock,
-    changed_settings,
-    find_checkpoint,
-    rank_group,
-    refuse_changes,
-    save_checkpoint,
-)
+from train.changed_settings import changed_settings, refuse_changes
+from train.checkpoint import Checkpoint, RunLock, find_checkpoint, save_checkpoint
 from train.config import ParallelConfig, RunConfig, dump_config, load_config
 from train.data import PreparedData, check_sources, describe, prepare_data
 from train.deepspeed_config import check_user_settings
@@ -36,7 +29,7 @@ from train.loop import Loop, Position, StopRequest
 from train.metrics import MetricsWriter
 from train.plan import Plan, check_memory, describe_plan, make_plan, memory_errors
 from train.program import guarded
-from train.random_state import get_random_state, seed_all, set_random_state
+from train.random_state import seed_all
 from train.ranks import (
     Ranks,
     agreeing,
@@ -46,6 +39,7 @@ from train.ranks import (
     launched_ranks,
 )
 from train.run_directory import replace_file, storage_errors
+from train.run_state import identity, restore, run_state
 from train.status import StatusLine
 from train.summary import render_summary, summarize
 from train.tokenizer import planned_vocab_size, with_vocab_size
@@ -131,25 +125,6 @@ def refuse_foreign_kernels() -> None:
             f"`import kernels` finds {found}, not this project's: the Hugging Face package of that "
             f"name must not be in the same environment (pip uninstall kernels)"
         )
-
-
-def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
-    return {
-        # Which kernels compute it may change: they agree to rounding.
-        "model": model.model_dump(mode="json", exclude={"kernel_backend"}),
-        "data": {
-            "fingerprint": data.fingerprint,
-            "domains": list(data.domain_names),
-            "weights": list(data.weights),
-        },
-        "tokenizer": {"sha256": data.tokenizer.sha256},
-        "training": {
-            "seq_len": config.training.seq_len,
-            "batch_size": config.training.batch_size,
-        },
-        "seed": config.seed,
-    }
 
 
 class Job(NamedTuple):
@@ -291,21 +266,14 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
                     f"step {at.step}: the weight {broken[0]} is inf or NaN, so this step is not "
                     f"saved; lower optimizer.learning_rate and go on from the checkpoint before"
                 )
-            state = {
-                "step": at.step,
-                "evaluated": at.evaluated,
-                "seconds": clock.seconds(),
-                "precision": engine.precision,
-                "identity": job.identity,
-                "config": config.model_dump(mode="json"),
-            }
-            tensors = {**engine.state_tensors(), "random": get_random_state()}
-            if engine.shared_out:
-                tensors = {rank_group(name, engine.rank): t for name, t in tensors.items()}
-                shapes = engine.state_shapes().items()
-                state["shapes"] = {name: list(shape) for name, shape in shapes}
-            if engine.rank == 0:
-                tensors["metrics"] = {"load_window": loop.window.tensor()}
+            tensors, state = run_state(
+                engine,
+                at,
+                config,
+                job.identity,
+                seconds=clock.seconds(),
+                window=loop.window.tensor(),
+            )
             save_checkpoint(
                 run_dir,
                 at.step,
@@ -353,19 +321,6 @@ def open_writer(
     writer = MetricsWriter(run_dir / "tensorboard", model, first_step, warn)
     writer.write_text("config", dump_config(config), first_step)
     return contextlib.closing(writer)
-
-
-def restore(engine: Engine, checkpoint: Checkpoint, seed: int) -> Position:
-    """Continue from a checkpoint: weights, moments, router biases, random streams, position."""
-    engine.load_state_tensors(checkpoint.tensors)
-    groups = [rank_group("random", engine.rank), *(["random"] if engine.rank == 0 else [])]
-    streams = [checkpoint.tensors[group] for group in groups if group in checkpoint.tensors]
-    if streams:
-        set_random_state(streams[0])
-    else:
-        # A rank that the run did not have before.
-        seed_all(seed, engine.rank, checkpoint.step)
-    return Position(checkpoint.state["step"], checkpoint.state["evaluated"])
 
 
 def save_description(run_dir: Path, config: RunConfig, data: PreparedData) -> None:
