@@ -35,7 +35,8 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _no_boolean(value: Any) -> Any:
+def no_boolean(value: Any) -> Any:
+    """Refuse a boolean, which Python would take as 0 or 1."""
     if isinstance(value, bool):
         raise ValueError("needs a number")
     return value
@@ -44,7 +45,7 @@ def _no_boolean(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole_number)]
 Natural = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-Real = Annotated[float, BeforeValidator(_no_boolean)]
+Real = Annotated[float, BeforeValidator(no_boolean)]
 
 
 class VariantConfig(BaseModel):

@@ -114,6 +114,11 @@ MISTAKES = {
         [],
         ["x.yaml: training.seq_len: got 'long'; needs a whole number"],
     ),
+    "true for a stage": (
+        "parallel: {zero_stage: true}",
+        [],
+        ["x.yaml: parallel.zero_stage: got true; needs a number"],
+    ),
     "true for a whole number": (
         "training: {steps: true}",
         [],

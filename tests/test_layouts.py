@@ -9,7 +9,7 @@ from training_cases import data, make_config, write_config
 
 from train.layouts import describe_layouts, plan_layouts, possible_sizes
 from train.packing import TrainLoader
-from train.plan import main, make_plan
+from train.plan import describe_plan, main, make_plan
 from train.ranks import Ranks
 from train.step import read_step, train_step
 
@@ -84,6 +84,23 @@ def test_a_rank_sends_its_rows_to_the_others():
     }
     tokens_of_rank, top_k, layers = 2 * 16, config.model.top_k, 2
     assert by_size == {1: 0, 2: 4 * tokens_of_rank * top_k * layers * 64 * 4 // 2}
+
+
+def test_what_is_offloaded_is_on_the_host():
+    both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    plain = config_of(1, 3)
+    offloading = plain.model_copy(update={"deepspeed": {"zero_optimization": both}})
+    count = make_plan(plain, plain.model, 4).parameters
+    before = plan_layouts(plain, plain.model, count, 2, 4)
+    after = plan_layouts(offloading, plain.model, count, 2, 4)
+    for at, then in zip(before, after, strict=True):
+        moved = 0 if at.zero_stage == 0 else at.optimizer_bytes
+        moved += at.weight_bytes if at.zero_stage == 3 else 0
+        assert then.host_bytes == moved
+        assert then.device_bytes == at.device_bytes - moved
+    of_rank = make_plan(offloading, plain.model, 4, Ranks(0, 0, 2))
+    assert of_rank.host_bytes == after[3].host_bytes
+    assert "offloaded to the host" in describe_plan(of_rank)
 
 
 def test_the_program_prints_a_table_and_what_fits(tmp_path, capsys):

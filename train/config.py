@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from moe.config import ModelConfig, Section
-from moe.variants import Count, Natural, Real, Whole
+from moe.variants import Count, Natural, Real, Whole, no_boolean
 from train.arguments import apply_overrides
 from train.config_errors import Origin, explain, show
 from train.config_limits import MAX_COUNT, MAX_LAYERS, MAX_TOTAL, out_of_range
@@ -170,7 +170,7 @@ class ParallelConfig(Section):
     """
 
     expert_parallel_size: Count = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_boolean)] = 1
     timeout_minutes: Annotated[Real, Field(gt=0, le=24 * 60)] = 10.0
 
 

@@ -131,6 +131,16 @@ def check_user_settings(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def offloaded_parts(config: RunConfig, stage: int) -> set[str]:
+    """Which of `offload_optimizer` and `offload_param` a ZeRO stage would keep on the host."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return {
+        section
+        for section, first_stage in OFFLOAD.items()
+        if stage >= first_stage and zero.get(section, {}).get("device") == "cpu"
+    }
+
+
 def _offload_problems(zero: dict[str, Any], stage: int) -> Iterator[str]:
     for section, first_stage in OFFLOAD.items():
         if section not in zero:

@@ -9,7 +9,8 @@ and N that share the experts:
     2       P + X/N     (P + X)/W   3 (P + X)/W
     3       (P + X)/W   (P + X)/W   3 (P + X)/W
 
-Buckets, and what stage 3 gathers for a moment, are left out.
+What `deepspeed.zero_optimization` offloads (`offload_optimizer`, `offload_param`) is in the host's
+memory. Buckets, and what stage 3 gathers for a moment, are left out.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from moe.config import ModelConfig
 from moe.model import ParameterCount
 from train.activation_memory import activation_bytes
 from train.config import RunConfig
+from train.deepspeed_config import offloaded_parts
 from train.run_directory import format_bytes
 from train.status import format_table
 
@@ -26,7 +28,7 @@ _FLOAT32 = 4
 
 class Layout(NamedTuple):
     """One way of sharing out, and the bytes of each rank; all_to_all_bytes: sent by one rank in
-    one optimizer step."""
+    one optimizer step; host_bytes: of weights and optimizer, offloaded from the device."""
 
     expert_parallel_size: int
     zero_stage: int
@@ -35,12 +37,13 @@ class Layout(NamedTuple):
     optimizer_bytes: int
     activation_bytes: int
     all_to_all_bytes: int
+    host_bytes: int
 
     @property
-    def total_bytes(self) -> int:
-        """Of weights, gradients, optimizer and the activations of one micro-batch."""
+    def device_bytes(self) -> int:
+        """On the device: weights, gradients, optimizer, activations of one micro-batch."""
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        return state + self.activation_bytes
+        return state + self.activation_bytes - self.host_bytes
 
 
 def possible_sizes(num_experts: int, world_size: int) -> list[int]:
@@ -75,16 +78,21 @@ def plan_layouts(
         sent = _all_to_all_bytes(here, model, size, passes, compute_bytes)
         kept = activation_bytes(here, model, compute_bytes)
         for stage in (0, 1, 2, 3):
+            weights = _FLOAT32 * (held if stage < 3 else share)
+            # From stage 1 on the optimizer has a copy of its share of the weights.
+            optimizer = _FLOAT32 * (2 * held if stage == 0 else 3 * share)
+            offloaded = offloaded_parts(config, stage)
             layouts.append(
                 Layout(
                     expert_parallel_size=size,
                     zero_stage=stage,
-                    weight_bytes=_FLOAT32 * (held if stage < 3 else share),
+                    weight_bytes=weights,
                     gradient_bytes=_FLOAT32 * (held if stage < 2 else share),
-                    # From stage 1 on the optimizer has a copy of its share of the weights.
-                    optimizer_bytes=_FLOAT32 * (2 * held if stage == 0 else 3 * share),
+                    optimizer_bytes=optimizer,
                     activation_bytes=kept,
                     all_to_all_bytes=sent,
+                    host_bytes=weights * ("offload_param" in offloaded)
+                    + optimizer * ("offload_optimizer" in offloaded),
                 )
             )
     return layouts
@@ -105,8 +113,16 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
 
     Args: memory: bytes of one device, to say what fits; None leaves that out.
     """
-    head = ("experts over", "ZeRO", "weights", "gradients", "optimizer", "activations")
-    head += ("together", "sent a step", *(() if memory is None else ("fits",)))
+    head: tuple[str, ...] = (
+        "experts over",
+        "ZeRO",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+    )
+    head += ("on the device", "on the host", "sent a step")
+    head += () if memory is None else ("fits",)
     rows: list[tuple[str, ...]] = [head]
     for at in layouts:
         parts = (
@@ -114,10 +130,11 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
             at.gradient_bytes,
             at.optimizer_bytes,
             at.activation_bytes,
-            at.total_bytes,
+            at.device_bytes,
+            at.host_bytes,
             at.all_to_all_bytes,
         )
         row = (str(at.expert_parallel_size), str(at.zero_stage), *map(format_bytes, parts))
-        fits = () if memory is None else ("yes" if at.total_bytes <= memory else "no",)
+        fits = () if memory is None else ("yes" if at.device_bytes <= memory else "no",)
         rows.append((*row, *fits))
     return format_table(rows, str.rjust)

@@ -17,6 +17,7 @@ from moe.model import MoETransformer, ParameterCount, flops_per_token, num_param
 from train.activation_memory import activation_bytes
 from train.arguments import parse_arguments
 from train.config import RunConfig, dump_config, load_config
+from train.deepspeed_config import check_user_settings
 from train.errors import ConfigError, OutOfMemoryError
 from train.layouts import describe_layouts, plan_layouts
 from train.program import first_line, guarded, is_out_of_memory
@@ -29,7 +30,7 @@ _FLOAT32 = 4
 
 class Plan(NamedTuple):
     """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls; ranks:
-    of a launcher, whose memory each these bytes are."""
+    of a launcher, whose memory each these bytes are; host_bytes: of these, off the device."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     num_steps: int
     compute_bytes: int
     ranks: Ranks | None = None
+    host_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -89,6 +91,7 @@ def make_plan(
         gradient_bytes=layout.gradient_bytes,
         optimizer_bytes=layout.optimizer_bytes,
         activation_bytes=layout.activation_bytes,
+        host_bytes=layout.host_bytes,
     )
 
 
@@ -98,16 +101,18 @@ def check_memory(plan: Plan, device: str) -> None:
     Raises:
         OutOfMemoryError: if weights, gradients and moments alone need more than the machine has.
     """
+    needed = plan.state_bytes
     if device == "cuda":
         available = torch.cuda.mem_get_info()[1]
+        needed -= plan.host_bytes
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if plan.ranks is not None:
             available //= plan.ranks.local_world_size
-    if plan.state_bytes > available:
+    if needed > available:
         raise OutOfMemoryError(
             f"out of memory (weights, gradients and optimizer need "
-            f"{format_bytes(plan.state_bytes)}, {device} has {format_bytes(available)}); "
+            f"{format_bytes(needed)}, {device} has {format_bytes(available)}); "
             f"{_smaller_model(plan)}; the batch does not matter"
         )
 
@@ -197,6 +202,7 @@ def describe_plan(plan: Plan) -> str:
         (f"memory{each}: optimizer", format_bytes(plan.optimizer_bytes)),
         (f"memory{each}: activations of a micro-batch", format_bytes(plan.activation_bytes)),
         (f"memory{each}: together", format_bytes(plan.state_bytes + plan.activation_bytes)),
+        *([("offloaded to the host", format_bytes(plan.host_bytes))] if plan.host_bytes else []),
         ("disk a checkpoint", format_bytes(plan.checkpoint_bytes)),
         ("tokens a step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.num_steps:,}"),
@@ -227,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         ):
             if value is not None and not 0 < value < 2**20:
                 raise ConfigError(f"{name} ({value}) must be above 0 and below {2**20}")
+        check_user_settings(config)
         model = with_vocab_size(config.model, planned_vocab_size(config.tokenizer))
         compute_bytes = 4 if config.training.precision == "float32" else 2
         plan = make_plan(config, model, compute_bytes)
