@@ -86,6 +86,27 @@ def test_a_rank_sends_its_rows_to_the_others():
     assert by_size == {1: 0, 2: 4 * tokens_of_rank * top_k * layers * 64 * 4 // 2}
 
 
+def test_recomputing_and_counting_passes_send_rows_again():
+    """Two messages each, beside four."""
+    several = {"training.micro_batch_size": 1, "training.activation_checkpointing": True}
+
+    def sent(**changes: Any) -> int:
+        named = {key.replace("__", "."): value for key, value in changes.items()}
+        config = make_config(Path("unused"), WIDE | named)
+        count = make_plan(config, config.model, 4).parameters
+        return plan_layouts(config, config.model, count, 2, 4)[-1].all_to_all_bytes
+
+    moe = WIDE["model.moe"]
+    local = {**moe, "losses": [{"name": "router_z_loss", "weight": 0.1}]}
+    whole = {**moe, "losses": [{"name": "load_balancing", "weight": 0.1}]}
+    once = sent(model__moe=whole)
+    assert sent(model__moe=whole, training__activation_checkpointing=True) == once * 6 // 4
+    assert sent(model__moe=local, training__micro_batch_size=1) == once
+    assert sent(model__moe=whole, training__micro_batch_size=1) == once * 6 // 4
+    named = {key.replace(".", "__"): value for key, value in several.items()}
+    assert sent(model__moe=whole, **named) == once * 8 // 4
+
+
 def test_what_is_offloaded_is_on_the_host():
     both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     plain = config_of(1, 3)
@@ -101,6 +122,18 @@ def test_what_is_offloaded_is_on_the_host():
     of_rank = make_plan(offloading, plain.model, 4, Ranks(0, 0, 2))
     assert of_rank.host_bytes == after[3].host_bytes
     assert "offloaded to the host" in describe_plan(of_rank)
+
+
+def test_stage_3_needs_its_whole_weights_once():
+    """Rank 0 of two builds them before it gives away its half."""
+    config = config_of(1, 3)
+    count = make_plan(config, config.model, 4).parameters
+    whole, shared = (at for at in plan_layouts(config, config.model, count, 2, 4) if at[1] == 3)
+    assert whole.start_bytes == 4 * (count.total + count.total // 2)
+    held = count.total - count.experts // 2
+    assert shared.start_bytes == 4 * (held + count.total // 2)
+    tight = whole._replace(activation_bytes=0, gradient_bytes=0, optimizer_bytes=0)
+    assert tight.fits(whole.start_bytes) and not tight.fits(whole.start_bytes - 1)
 
 
 def test_the_program_prints_a_table_and_what_fits(tmp_path, capsys):

@@ -14,7 +14,7 @@ from train.engine import PlainEngine
 from train.errors import ConfigError
 from train.metrics import StepMetrics
 from train.packing import IGNORE, Batch, TrainLoader
-from train.step import batch_totals, exact_counts_needed, read_step, train_step
+from train.step import batch_totals, read_step, train_step
 
 # Noise would be another one for each cut; everything else that could depend on it is on.
 CALM = {
@@ -137,7 +137,7 @@ def test_counting_passes_choose_the_experts_that_the_others_choose(tmp_path, mon
 def test_counting_passes_are_made_only_where_a_loss_needs_them(
     losses, micro_batches, needed, tmp_path
 ):
-    assert exact_counts_needed(make_config(tmp_path, losses), micro_batches) == needed
+    assert make_config(tmp_path, losses).exact_counts_needed(micro_batches) == needed
 
 
 def test_the_loss_that_is_reported_is_the_mean_over_counted_labels(tmp_path):

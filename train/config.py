@@ -218,6 +218,12 @@ class RunConfig(Section):
         """Sequences per forward when one rank reads the whole batch."""
         return self.training.micro_batch_size or self.training.batch_size
 
+    def exact_counts_needed(self, num_micro_batches: int) -> bool:
+        """Whether a loss needs the whole step's counts before its first backward pass, which then
+        takes a forward pass of each micro-batch for itself."""
+        losses = self.model.moe.losses
+        return num_micro_batches > 1 and any(loss.needs_batch_counts for loss in losses)
+
     def micro_batches_per_rank(self, world_size: int) -> int:
         """Forward passes of each rank in one optimizer step.
 

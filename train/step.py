@@ -35,12 +35,6 @@ def read_step(loader: TrainLoader, step: int, config: RunConfig, engine: Engine)
     return [loader.batch(first + done * size, size) for done in range(passes)]
 
 
-def exact_counts_needed(config: RunConfig, num_micro_batches: int) -> bool:
-    """Whether a loss needs the whole step's counts before its first backward pass."""
-    losses = config.model.moe.losses
-    return num_micro_batches > 1 and any(loss.needs_batch_counts for loss in losses)
-
-
 def train_step(
     engine: Engine,
     micro_batches: list[Batch],
@@ -135,7 +129,7 @@ def batch_totals(
     layers = config.model.moe_layers
     if not layers or len(batches) == 1:
         return totals
-    if not exact_counts_needed(config, len(batches)):
+    if not config.exact_counts_needed(len(batches)):
         num_experts = config.model.moe.num_experts
         so_far = torch.zeros(len(layers), num_experts, dtype=torch.long, device=engine.device)
         return totals._replace(counts_so_far=so_far)
