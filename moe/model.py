@@ -5,10 +5,11 @@ for each block:  x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 lm_loss = cross_entropy(norm(x) @ head^T, labels);  loss = lm_loss + sum of weight * aux
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -278,38 +279,51 @@ class MoETransformer(nn.Module):
         )
 
 
-def init_weights(model: MoETransformer, seed: int) -> None:
+def init_weights(
+    model: MoETransformer,
+    seed: int,
+    gathered: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = (
+        contextlib.nullcontext
+    ),
+) -> None:
     """Fill every parameter; each from a stream of its own, named by parameter and global expert id.
 
     So a model's weights depend neither on the order of construction nor on the ranks that hold its
     experts. Normal of init_std; projections into the residual stream divided by sqrt(2 * layers),
     which keeps its variance from growing with depth (GPT-2). Norm weights are 1, router biases 0.
+
+    Args: gathered: a block of code in which the parameters of a module are whole.
     """
     config = model.config
     std = config.init_std
     out_std = std / math.sqrt(2 * config.num_layers)
 
+    device = model.embedding.weight.device
+
     def stream(name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        device = model.embedding.weight.device
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
     with torch.no_grad():
-        model.embedding.weight.normal_(0, std, generator=stream("embedding"))
+        with gathered(model.embedding):
+            model.embedding.weight.normal_(0, std, generator=stream("embedding"))
         if not config.tie_embeddings:
-            model.head.weight.normal_(0, std, generator=stream("head"))
+            with gathered(model.head):
+                model.head.weight.normal_(0, std, generator=stream("head"))
         for layer, block in enumerate(model.transformer_blocks()):
-            for name in ("wq", "wk", "wv", "wo"):
-                scale = out_std if name == "wo" else std
-                getattr(block.attention, name).weight.normal_(
-                    0, scale, generator=stream(f"{layer}.{name}")
+            with gathered(block):
+                for name in ("wq", "wk", "wv", "wo"):
+                    scale = out_std if name == "wo" else std
+                    getattr(block.attention, name).weight.normal_(
+                        0, scale, generator=stream(f"{layer}.{name}")
+                    )
+                init_feed_forward(
+                    block.feed_forward, std, out_std, lambda name, at=layer: stream(f"{at}.{name}")
                 )
-            init_feed_forward(
-                block.feed_forward, std, out_std, lambda name, at=layer: stream(f"{at}.{name}")
-            )
         for module in model.modules():
             if isinstance(module, RMSNorm):
-                module.weight.fill_(1)
+                with gathered(module):
+                    module.weight.fill_(1)
             if isinstance(bias := getattr(module, "expert_bias", None), Tensor):
                 bias.zero_()
 

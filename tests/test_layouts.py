@@ -124,18 +124,6 @@ def test_what_is_offloaded_is_on_the_host():
     assert "offloaded to the host" in describe_plan(of_rank)
 
 
-def test_stage_3_needs_its_whole_weights_once():
-    """Rank 0 of two builds them before it gives away its half."""
-    config = config_of(1, 3)
-    count = make_plan(config, config.model, 4).parameters
-    whole, shared = (at for at in plan_layouts(config, config.model, count, 2, 4) if at[1] == 3)
-    assert whole.start_bytes == 4 * (count.total + count.total // 2)
-    held = count.total - count.experts // 2
-    assert shared.start_bytes == 4 * (held + count.total // 2)
-    tight = whole._replace(activation_bytes=0, gradient_bytes=0, optimizer_bytes=0)
-    assert tight.fits(whole.start_bytes) and not tight.fits(whole.start_bytes - 1)
-
-
 def test_the_program_prints_a_table_and_what_fits(tmp_path, capsys):
     config = str(write_config(tmp_path / "run", WIDE))
     assert main(["--config", config, "--world-size", "4", "--gpu-memory", "0.0025"]) == 0

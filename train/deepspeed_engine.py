@@ -5,6 +5,7 @@ step's (`moe.model.BatchTotals`): so gradients are sums over ranks, whatever eac
 DeepSpeed divides them by the number of ranks, which `backward` makes up for.
 """
 
+import contextlib
 import copy
 import logging
 import socket
@@ -32,6 +33,7 @@ from train.expert_names import expert_name
 from train.expert_parallel import (
     ExpertGroups,
     expert_parallel_layer,
+    gathered,
     is_expert,
     split_expert_groups,
 )
@@ -68,10 +70,43 @@ def build_deepspeed_engine(
         device = f"cuda:{ranks.local_rank}"
     parallel = config.parallel
     groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes)
-    with torch.device(device):
-        model = MoETransformer(model_config, moe_layer=expert_parallel_layer(groups))
-    init_weights(model, config.seed)
-    return DeepSpeedEngine(model, config, ranks, groups, device, precision, kernels)
+    derived = checked_config(config, ranks, precision)
+    model = build_model(model_config, config.seed, groups, device, derived)
+    return DeepSpeedEngine(model, config, groups, ranks, device, precision, kernels, derived)
+
+
+def build_model(
+    config: ModelConfig, seed: int, groups: ExpertGroups, device: str, derived: dict[str, Any]
+) -> MoETransformer:
+    """This rank's model, initialised. At stage 3 each module is partitioned as soon as it is made:
+    no rank ever has the model whole."""
+    import deepspeed
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.device(device))
+        if derived["zero_optimization"]["stage"] == 3:
+            # Without a dtype: on a CPU it takes any that is given for bfloat16.
+            partition = deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(derived))
+            stack.enter_context(partition)
+        model = MoETransformer(config, moe_layer=expert_parallel_layer(groups))
+    init_weights(model, seed, gathered)
+    return model
+
+
+def checked_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str, Any]:
+    """What DeepSpeed is told, once it has looked at it.
+
+    Raises:
+        ConfigError: with what it says of a setting.
+    """
+    import deepspeed
+
+    derived = derive_config(config, ranks, precision)
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(derived))
+    except (ValidationError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {explain_settings(error)}") from error
+    return derived
 
 
 def explain_settings(error: Exception) -> str:
@@ -93,11 +128,12 @@ class DeepSpeedEngine:
         self,
         model: MoETransformer,
         config: RunConfig,
-        ranks: Ranks,
         groups: ExpertGroups,
+        ranks: Ranks,
         device: str,
         precision: str,
         kernels: str,
+        derived: dict[str, Any],
     ):
         import deepspeed
 
@@ -111,11 +147,6 @@ class DeepSpeedEngine:
         model.activation_checkpointing = config.training.activation_checkpointing
         param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
         optimizer = build_optimizer(param_groups, config.optimizer)
-        derived = derive_config(config, ranks, precision)
-        try:
-            deepspeed.DeepSpeedConfig(copy.deepcopy(derived))
-        except (ValidationError, ValueError) as error:
-            raise ConfigError(f"deepspeed: {explain_settings(error)}") from error
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -18,6 +18,7 @@ from train.config import OptimizerConfig, RunConfig
 from train.device import choose_device, choose_kernels, choose_precision
 from train.errors import CheckpointError
 from train.expert_names import join_experts, split_experts
+from train.fragments import local_shape
 from train.packing import Batch
 from train.ranks import Ranks, gather
 from train.stored_tensors import moments_by_key, shape_of
@@ -288,10 +289,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
 def parameter_groups(model: MoETransformer, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices, which decay, and vectors (norm weights), which do not."""
-    parameters = list(model.parameters())
+    dims = [(p, len(local_shape(p))) for p in model.parameters()]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, dim in dims if dim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p, dim in dims if dim < 2], "weight_decay": 0.0},
     ]
 
 

@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,16 +139,20 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
             self.num_experts = config.moe.num_experts
             self.ep_size, self.ep_rank = groups.size, groups.rank
             self.ep_group_name, self.ep_group = groups.name, groups.group
-            _mark_parameters(self, groups)
+            others: list[Any] = [p for p in self.parameters() if not is_expert(p)]
+            for parameter in others:
+                parameter.allreduce, parameter.ds_zero_placement_family = True, "replicated"
 
         def build_experts(self, config: ModelConfig) -> nn.Module:
             moe = config.moe
             self.num_local_experts = moe.num_experts // groups.size
             self.first_expert = groups.first_expert(moe.num_experts, groups.rank)
             module = load_variant("experts", moe.experts.name)
-            return module.Experts(
-                moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size
-            )
+            # As they are made: what DeepSpeed partitions at once it must know by then.
+            with parameters_seen(partial(_mark_expert, groups)):
+                return module.Experts(
+                    moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size
+                )
 
         def dispatch(
             self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None
@@ -172,14 +177,45 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
     return ExpertParallelMoELayer
 
 
-def _mark_parameters(layer: Any, groups: ExpertGroups) -> None:
-    """Tell DeepSpeed which parameters of a layer are experts."""
-    for parameter in layer.parameters():
-        parameter.allreduce, parameter.ds_zero_placement_family = True, "replicated"
-    for parameter in layer.experts.parameters():
-        parameter.allreduce, parameter.group_name = False, groups.name
-        parameter.ds_zero_placement_family = "autoep_expert"
-        parameter.ds_zero_partition_group_name = groups.name
+def _mark_expert(groups: ExpertGroups, parameter: nn.Parameter) -> None:
+    """Tell DeepSpeed that a parameter is one rank's experts."""
+    marked: Any = parameter
+    marked.allreduce, marked.group_name = False, groups.name
+    marked.ds_zero_placement_family = "autoep_expert"
+    marked.ds_zero_partition_group_name = groups.name
+    marked.ds_zero_partition_process_group = groups.data_group
+
+
+@contextlib.contextmanager
+def parameters_seen(see: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """A block in which each parameter that a module gets is shown to `see` first."""
+
+    def hook(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            see(parameter)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A block in which the parameters of a module are whole, also where stage 3 has partitioned
+    them; what rank 0 of each group makes of them is theirs afterwards."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters = list(module.parameters())
+    # Each call takes parameters of one group.
+    experts = [p for p in parameters if is_expert(p)]
+    others = [p for p in parameters if not is_expert(p)]
+    with contextlib.ExitStack() as stack:
+        for each in (experts, others):
+            if each:
+                stack.enter_context(GatheredParameters(each, modifier_rank=0))
+        yield
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

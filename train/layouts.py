@@ -10,8 +10,7 @@ and N that share the experts:
     3       (P + X)/W   (P + X)/W   3 (P + X)/W
 
 What `deepspeed.zero_optimization` offloads (`offload_optimizer`, `offload_param`) is in the host's
-memory. Buckets, and what stage 3 gathers for a moment, are left out. At its start a rank has its
-weights whole, P + X/N, at stage 3 beside the share that it keeps.
+memory. Buckets, and what stage 3 gathers for a moment, are left out.
 """
 
 from typing import NamedTuple
@@ -29,8 +28,7 @@ _FLOAT32 = 4
 
 class Layout(NamedTuple):
     """One way of sharing out, and the bytes of each rank; all_to_all_bytes: sent by one rank in
-    one optimizer step; host_bytes: of weights and optimizer, offloaded from the device;
-    start_bytes: that the device needs before the first step."""
+    one optimizer step; host_bytes: of weights and optimizer, offloaded from the device."""
 
     expert_parallel_size: int
     zero_stage: int
@@ -40,17 +38,12 @@ class Layout(NamedTuple):
     activation_bytes: int
     all_to_all_bytes: int
     host_bytes: int
-    start_bytes: int
 
     @property
     def device_bytes(self) -> int:
         """On the device: weights, gradients, optimizer, activations of one micro-batch."""
         state = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
         return state + self.activation_bytes - self.host_bytes
-
-    def fits(self, memory: int) -> bool:
-        """Whether a device with so many bytes can start and take steps."""
-        return max(self.device_bytes, self.start_bytes) <= memory
 
 
 def possible_sizes(num_experts: int, world_size: int) -> list[int]:
@@ -100,7 +93,6 @@ def plan_layouts(
                     all_to_all_bytes=sent,
                     host_bytes=weights * ("offload_param" in offloaded)
                     + optimizer * ("offload_optimizer" in offloaded),
-                    start_bytes=_FLOAT32 * (held + (share if stage == 3 else 0)),
                 )
             )
     return layouts
@@ -124,7 +116,7 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
     Args: memory: bytes of one device, to say what fits; None leaves that out.
     """
     head: tuple[str, ...] = ("experts over", "ZeRO", "weights", "gradients", "optimizer")
-    head += ("activations", "on the device", "at the start", "on the host", "sent a step")
+    head += ("activations", "on the device", "on the host", "sent a step")
     head += () if memory is None else ("fits",)
     rows: list[tuple[str, ...]] = [head]
     for at in layouts:
@@ -134,11 +126,10 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
             at.optimizer_bytes,
             at.activation_bytes,
             at.device_bytes,
-            at.start_bytes,
             at.host_bytes,
             at.all_to_all_bytes,
         )
         row = (str(at.expert_parallel_size), str(at.zero_stage), *map(format_bytes, parts))
-        fits = () if memory is None else ("yes" if at.fits(memory) else "no",)
+        fits = () if memory is None else ("yes" if at.device_bytes <= memory else "no",)
         rows.append((*row, *fits))
     return format_table(rows, str.rjust)
