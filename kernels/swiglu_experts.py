@@ -18,7 +18,7 @@ What is saved, per row:
 PyTorch keeps y (D) if the combine weights take gradients, <g_t, y> costs less than <da', a>, and
 never a: reading it back takes as long as computing it.
 Where the matmuls have another dtype than the weights (autocast from float32), the cast copies of
-w1, w2 and w3 are kept too, until the backward pass.
+w1, w2 and w3 are kept too, until the backward pass; in PyTorch also a stack of narrow w1 and w3.
 
 Rows, T, K, R as in the data map of `kernels.dispatch`.
 """

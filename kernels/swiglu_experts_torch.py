@@ -202,14 +202,15 @@ def _backward_rows(
     """The backward pass over sorted rows.
 
     grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights;
-    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,), w1, w2, w3, None where
-    they are not needed; those of unused rows are undefined.
+    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) in float32, w1, w2, w3,
+    None where they are not needed; those of unused rows are undefined.
     """
     num_experts, hidden, inner = weights.down.shape
     like = x_rows.source
     scale = scale.unsqueeze(-1).to(like.dtype)
     grad_x = like.new_empty(layout.num_rows, hidden) if needs.x else None
-    grad_scale = like.new_empty(layout.num_rows) if needs.scale else None
+    wide = torch.promote_types(like.dtype, torch.float32)
+    grad_scale = like.new_empty(layout.num_rows, dtype=wide) if needs.scale else None
     grad_w1, grad_w3 = (
         like.new_empty(num_experts, inner, hidden, dtype=weight_dtype) if needed else None
         for needed in (needs.w1, needs.w3)
@@ -222,7 +223,7 @@ def _backward_rows(
         x, g = x_rows.of(group), grad_y.of(group)
         if grad_scale is not None:
             assert kept.y is not None
-            grad_scale[rows] = (g * kept.y[rows]).sum(-1)
+            grad_scale[rows] = torch.sum(g * kept.y[rows], -1, dtype=wide)
         g = g * scale[rows]  # of y itself from here on
         if kept.h is None:
             h = _empty_h(weights, rows.stop - rows.start, like)

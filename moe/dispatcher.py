@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.dispatch import DispatchPlan, permute, plan_dispatch, unpermute
+from kernels.launch import first_derivative_only
 from moe.routing import Routing
 
 
@@ -120,8 +121,11 @@ class _Exchange:
         self.send, self.receive, self.group = send, receive, group
         self._under_way: tuple[Any, Tensor, Tensor] | None = None
 
-    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """The rows that will have arrived after `wait`."""
+    def start(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
+        """The rows that will have arrived after `wait`, or gradients on their way back."""
+        send, receive = self.send, self.receive
+        if gradients:
+            send, receive = receive, send
         rows = rows.contiguous()
         arrived = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(arrived, rows, receive, send, group=self.group, async_op=True)
@@ -142,9 +146,10 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, exchange):
         ctx.exchange = exchange
-        return exchange.start(rows, exchange.send, exchange.receive)
+        return exchange.start(rows)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, _grad):
         return ctx.exchange.wait(), None
 
@@ -157,7 +162,8 @@ class _Arrive(torch.autograd.Function):
         return arrived.view_as(arrived)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad):
-        ctx.exchange.start(grad, ctx.exchange.receive, ctx.exchange.send)
+        ctx.exchange.start(grad, gradients=True)
         # Of the shape that autograd wants; `_Depart` takes what comes from the other ranks.
         return grad, None

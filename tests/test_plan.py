@@ -14,6 +14,7 @@ from train.config import RunConfig
 from train.engine import PlainEngine
 from train.errors import OutOfMemoryError
 from train.plan import Plan, check_memory, format_count, make_plan, memory_errors
+from train.ranks import Ranks
 from train.run_directory import format_bytes
 
 # Large enough that scalars and indices do not weigh.
@@ -144,6 +145,25 @@ def test_what_cannot_fit_is_refused_and_what_can_is_not(tmp_path, monkeypatch):
                 check_memory(plan, "cpu")
             assert "smaller model than 18.67 k parameters: lower model.hidden_size" in str(e.value)
             assert str(e.value).endswith("the batch does not matter")
+
+
+def test_what_is_offloaded_must_fit_the_host_and_the_rest_the_gpu(tmp_path, monkeypatch):
+    plan = plan_of(make_config(tmp_path))
+    state = 16 * plan.parameters.total
+    plan = plan._replace(host_bytes=1000, ranks=Ranks(0, 0, 4, local_world_size=2))
+    for on_gpu, on_host, refused in (
+        (state - 1000, 2000, None),
+        (state - 1001, 2000, "cuda has"),
+        (state - 1000, 1999, "the host, for each rank, has 999 B"),
+    ):
+        sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": on_host}
+        monkeypatch.setattr(train.plan.os, "sysconf", sizes.__getitem__)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=on_gpu: (free, free))
+        if refused is None:
+            check_memory(plan, "cuda")
+        else:
+            with pytest.raises(OutOfMemoryError, match=refused):
+                check_memory(plan, "cuda")
 
 
 @pytest.mark.parametrize(

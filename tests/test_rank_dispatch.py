@@ -115,12 +115,12 @@ def overlap(ranks: Ranks) -> list[bool]:
     store = dist.distributed_c10d._get_default_store()
     real, exchanges, under_way = moe.dispatcher._Exchange.start, [], []
 
-    def start(self: Any, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+    def start(self: Any, rows: torch.Tensor, **direction: Any) -> torch.Tensor:
         exchanges.append(self)
         # There and back, then the gradients of both: those of the way there come last.
         if ranks.rank == 1 and len(exchanges) in (1, 4):
             store.wait([f"meanwhile {len(exchanges)}"], timedelta(seconds=20))
-        return real(self, rows, send, receive)
+        return real(self, rows, **direction)
 
     moe.dispatcher._Exchange.start = start  # type: ignore[method-assign]
     x = randn(6, D, seed=ranks.rank).double().requires_grad_()

@@ -1,4 +1,4 @@
-"""Is no rank ever given the whole model at ZeRO stage 3, and is it still the same model?"""
+"""Does no rank make the whole model at ZeRO stage 3, and is it still the same model?"""
 
 from pathlib import Path
 from typing import Any

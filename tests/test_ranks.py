@@ -20,6 +20,9 @@ LAUNCHED = {
 
 def test_ranks_come_from_the_launcher():
     assert launched_ranks(LAUNCHED) == Ranks(3, 1, 4, 1)
+    # Ranks on this machine, as torchrun and as DeepSpeed's launcher say it.
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        assert launched_ranks(LAUNCHED | {name: "2"}) == Ranks(3, 1, 4, 2)
     assert launched_ranks({}) is None
     # A shell of a batch system may say this without having started any rank.
     assert launched_ranks({"WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}) is None
@@ -75,6 +78,10 @@ def test_what_cannot_be_shared_out_is_refused(changes, world, expected):
         (
             {"zero_optimization": {"round_robin_gradients": True}},
             r"round_robin_gradients \(True\) does not work",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload_param": True}},
+            r"cpu_offload_param \(True\) is an old name: set offload_optimizer.device or",
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},

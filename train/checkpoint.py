@@ -81,7 +81,7 @@ def save_checkpoint(
     keep_last: int,
     warn: Callable[[str], None] = warnings.warn,
     rank: int = 0,
-    gather: Gather = lambda value: [value],
+    gather: Gather = gather,
 ) -> Path:
     """Store one checkpoint durably, then delete older ones beyond the newest `keep_last`.
 
@@ -94,7 +94,8 @@ def save_checkpoint(
 
     Args:
         step: optimizer steps done, >= 0.
-        tensors: {group: {name: tensor}}; any device, stride and sharing; dtypes of `_DTYPES`.
+        tensors: {group: {name: tensor}}; any device, stride and sharing; those dtypes
+            that `train.stored_tensors.DTYPES` has.
         state: what JSON can hold without loss: str keys, finite numbers, no NaN.
         keep_last: checkpoints to keep, >= 1.
         warn: told when old files could not be deleted, which does not spoil the new checkpoint.
@@ -263,7 +264,9 @@ def find_checkpoint(
     """
     if ranks is None:
         return newest_checkpoint(run_dir, resume, warn, load_checkpoint)
-    places = gather([path.name for _, path in _listed(run_dir)])
+    with agreeing(gather):
+        names_here = [path.name for _, path in _listed(run_dir)]
+    places = gather(names_here)
     for number, names in enumerate(places):
         if names != places[0]:
             raise ConfigError(

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from train.errors import CheckpointError
-from train.ranks import Gather
+from train.ranks import Gather, gather
 from train.run_directory import MANIFEST, REPLACED
-from train.stored_tensors import DTYPES, Kind, Piece, StoredGroup, join_pieces, open_file
+from train.stored_tensors import DTYPES, Kind, Piece, join_pieces, open_file
 
 FORMAT = 1
 # Groups that ranks share out in fragments of their tensors.
@@ -78,54 +78,52 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def open_checkpoint(
-    path: Path, rank: int = 0, gather: Gather = lambda value: [value]
-) -> Checkpoint:
+def open_checkpoint(path: Path, rank: int = 0, gather: Gather = gather) -> Checkpoint:
     """As `load_checkpoint`, but tensors are read from the disk when they are asked for.
 
     Of many ranks each calls this; every byte is checked by one of them.
 
     Raises:
-        CheckpointError: on all ranks if one finds it damaged; the message names the files.
+        CheckpointError: on all ranks if one finds it damaged, or cannot read it; the message names
+            the files.
     """
     path = Path(path)
     problems = verify_together(path, rank, gather)
-    state: dict[str, Any] = {}
-    groups: dict[str, StoredGroup] = {}
-    step = 0
+    opened = None
     if not problems:
+        found = []
         try:
-            step, groups, state = _open(path)
+            opened = _open(path)
         except CheckpointError as error:
-            problems = [str(error)]
-    # What is wrong with the contents every rank sees for itself.
-    if problems:
+            found = [str(error)]
+        problems = _together(found, gather)
+    if problems or opened is None:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}")
-    return Checkpoint(path, step, groups, state)
+    return opened
 
 
-def _open(path: Path) -> tuple[int, dict[str, StoredGroup], dict[str, Any]]:
-    """Step, groups and state of a checkpoint whose bytes are those of the manifest."""
-    name = STATE
+def _open(path: Path) -> Checkpoint:
+    """A checkpoint whose bytes are those of its manifest."""
+    file_name = STATE
     try:
         manifest = _read_manifest(path)
         state = parse_json((path / STATE).read_bytes())
         shapes = {name: torch.Size(shape) for name, shape in state.get("shapes", {}).items()}
         pieces: dict[str, list[Piece]] = {}
         kinds: dict[str, dict[str, Kind]] = {}
-        for name in sorted(manifest["files"].keys() - {STATE}):
-            part = name.removesuffix(".safetensors")
+        for file_name in sorted(manifest["files"].keys() - {STATE}):
+            part = file_name.removesuffix(".safetensors")
             whole = whole_group(part)
             group = whole if whole in FRAGMENTED else part
-            found, theirs = open_file(path / name, partial(_shape_of_whole, shapes, group))
+            found, theirs = open_file(path / file_name, partial(_shape_of_whole, shapes, group))
             pieces.setdefault(group, []).extend(found)
             kinds.setdefault(group, {}).update(theirs)
     except _UNREADABLE as error:
-        raise CheckpointError(f"{name}: {error}") from error
+        raise CheckpointError(f"{file_name}: {error}") from error
     groups = {group: join_pieces(pieces[group], kinds[group]) for group in pieces}
-    for missing in shapes.keys() - (groups["model"].kinds.keys() if "model" in groups else ()):
-        raise CheckpointError(f"{missing}: no file has it")
-    return manifest["step"], groups, state
+    if missing := sorted(shapes.keys() - groups.get("model", {}).keys()):
+        raise CheckpointError(f"{missing[0]}: no file has it")
+    return Checkpoint(path, manifest["step"], groups, state)
 
 
 def _shape_of_whole(shapes: Mapping[str, torch.Size], group: str, name: str) -> torch.Size:
@@ -176,8 +174,12 @@ def verify_checkpoint(path: Path, rank: int = 0, num_ranks: int = 1) -> list[str
 def verify_together(path: Path, rank: int, gather: Gather) -> list[str]:
     """`verify_checkpoint` by all ranks, each of which reads a part; the same answer on all."""
     num_ranks = len(gather(None))
-    found = gather(verify_checkpoint(path, rank, num_ranks))
-    return list(dict.fromkeys(line for lines in found for line in lines))
+    return _together(verify_checkpoint(path, rank, num_ranks), gather)
+
+
+def _together(problems: list[str], gather: Gather) -> list[str]:
+    """What any rank has found, once."""
+    return list(dict.fromkeys(line for lines in gather(problems) for line in lines))
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> str | None:
@@ -239,12 +241,12 @@ def check_groups(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 def safetensors_parts(named: Mapping[str, Tensor]) -> Iterator[Any]:
     """Yield a safetensors file of these tensors piece by piece."""
-    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in named.items()}
+    kinds = {name: Kind(tensor.dtype, tensor.shape) for name, tensor in named.items()}
     return stream_safetensors(kinds, lambda name: [named[name]])
 
 
 def stream_safetensors(
-    kinds: Mapping[str, tuple[torch.dtype, torch.Size]], read: Callable[[str], Iterable[Tensor]]
+    kinds: Mapping[str, Kind], read: Callable[[str], Iterable[Tensor]]
 ) -> Iterator[Any]:
     """Yield a safetensors file piece by piece: header length (8 bytes), JSON header, raw tensors.
 

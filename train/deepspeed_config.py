@@ -29,7 +29,6 @@ DERIVED = {
 # What lays weights or gradients out in ways that our checkpoints and norms do not read.
 REFUSED = (
     "zero_optimization.round_robin_gradients",
-    "zero_optimization.cpu_offload",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_gradients",
@@ -42,6 +41,8 @@ REFUSED = (
 )
 
 
+# Old names of the next two.
+DEPRECATED = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")
 # From which stage something can be offloaded, and what can be said of it. Not to NVMe: DeepSpeed
 # keeps it there in files of its own, which our checkpoints do not read.
 OFFLOAD = {"offload_optimizer": 1, "offload_param": 3}
@@ -142,6 +143,12 @@ def offloaded_parts(config: RunConfig, stage: int) -> set[str]:
 
 
 def _offload_problems(zero: dict[str, Any], stage: int) -> Iterator[str]:
+    for key in DEPRECATED:
+        if key in zero:
+            yield (
+                f"deepspeed.zero_optimization.{key} ({zero[key]}) is an old name: set "
+                f"{' or '.join(f'{section}.device' for section in OFFLOAD)} instead"
+            )
     for section, first_stage in OFFLOAD.items():
         if section not in zero:
             continue

@@ -72,14 +72,23 @@ def build_deepspeed_engine(
     groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes)
     derived = checked_config(config, ranks, precision)
     model = build_model(model_config, config.seed, groups, device, derived)
-    return DeepSpeedEngine(model, config, groups, ranks, device, precision, kernels, derived)
+    return DeepSpeedEngine(
+        model,
+        config,
+        ranks,
+        groups,
+        device=device,
+        precision=precision,
+        kernels=kernels,
+        derived=derived,
+    )
 
 
 def build_model(
     config: ModelConfig, seed: int, groups: ExpertGroups, device: str, derived: dict[str, Any]
 ) -> MoETransformer:
-    """This rank's model, initialised. At stage 3 each module is partitioned as soon as it is made:
-    no rank ever has the model whole."""
+    """This rank's model, initialised. At stage 3 each module is partitioned as soon as it is made,
+    so that no rank needs room for the whole model."""
     import deepspeed
 
     with contextlib.ExitStack() as stack:
@@ -128,8 +137,9 @@ class DeepSpeedEngine:
         self,
         model: MoETransformer,
         config: RunConfig,
-        groups: ExpertGroups,
         ranks: Ranks,
+        groups: ExpertGroups,
+        *,
         device: str,
         precision: str,
         kernels: str,

@@ -10,7 +10,8 @@ and N that share the experts:
     3       (P + X)/W   (P + X)/W   3 (P + X)/W
 
 What `deepspeed.zero_optimization` offloads (`offload_optimizer`, `offload_param`) is in the host's
-memory. Buckets, and what stage 3 gathers for a moment, are left out.
+memory. Buckets are left out, and what stage 3 gathers: by DeepSpeed's defaults it keeps up to 1e9
+gathered numbers (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
 """
 
 from typing import NamedTuple

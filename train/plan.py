@@ -51,6 +51,11 @@ class Plan(NamedTuple):
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes of state and activations that are not offloaded."""
+        return self.state_bytes - self.host_bytes + self.activation_bytes
+
+    @property
     def tokens(self) -> int:
         """Training tokens of the whole run."""
         return self.tokens_per_step * self.num_steps
@@ -101,20 +106,23 @@ def check_memory(plan: Plan, device: str) -> None:
     Raises:
         OutOfMemoryError: if weights, gradients and moments alone need more than the machine has.
     """
-    needed = plan.state_bytes
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if plan.ranks is not None:
+        host //= plan.ranks.local_world_size
+    needs = [("cpu", plan.state_bytes, host)]
     if device == "cuda":
-        available = torch.cuda.mem_get_info()[1]
-        needed -= plan.host_bytes
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if plan.ranks is not None:
-            available //= plan.ranks.local_world_size
-    if needed > available:
-        raise OutOfMemoryError(
-            f"out of memory (weights, gradients and optimizer need "
-            f"{format_bytes(needed)}, {device} has {format_bytes(available)}); "
-            f"{_smaller_model(plan)}; the batch does not matter"
-        )
+        on_device = plan.state_bytes - plan.host_bytes
+        needs = [
+            (device, on_device, torch.cuda.mem_get_info()[1]),
+            ("the host, for each rank,", plan.host_bytes, host),
+        ]
+    for place, needed, available in needs:
+        if needed > available:
+            raise OutOfMemoryError(
+                f"out of memory (weights, gradients and optimizer need "
+                f"{format_bytes(needed)}, {place} has {format_bytes(available)}); "
+                f"{_smaller_model(plan)}; the batch does not matter"
+            )
 
 
 @contextmanager
@@ -131,14 +139,15 @@ def memory_errors(plan: Plan, config: RunConfig, model: ModelConfig) -> Iterator
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
+        state_bytes = plan.state_bytes - plan.host_bytes
         needs = (
             f"by the plan, activations need {format_bytes(plan.activation_bytes)}, weights, "
-            f"gradients and optimizer {format_bytes(plan.state_bytes)}"
+            f"gradients and optimizer {format_bytes(state_bytes)}"
         )
         # What is a fifth of all or less would not help; of the rest, the larger part first.
         parts = [
             (plan.activation_bytes, _fewer_activations(plan, config, model)),
-            (plan.state_bytes, _smaller_model(plan)),
+            (state_bytes, _smaller_model(plan)),
         ]
         total = sum(size for size, _ in parts)
         way_out = "; or ".join(way for size, way in sorted(parts, reverse=True) if 5 * size > total)
@@ -201,7 +210,7 @@ def describe_plan(plan: Plan) -> str:
         (f"memory{each}: gradients", format_bytes(plan.gradient_bytes)),
         (f"memory{each}: optimizer", format_bytes(plan.optimizer_bytes)),
         (f"memory{each}: activations of a micro-batch", format_bytes(plan.activation_bytes)),
-        (f"memory{each}: together", format_bytes(plan.state_bytes + plan.activation_bytes)),
+        (f"memory{each}: together", format_bytes(plan.device_bytes)),
         *([("offloaded to the host", format_bytes(plan.host_bytes))] if plan.host_bytes else []),
         ("disk a checkpoint", format_bytes(plan.checkpoint_bytes)),
         ("tokens a step", f"{plan.tokens_per_step:,}"),

@@ -201,7 +201,7 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
         position = restore(engine, found, config.seed) if found else Position()
     if found is not None:
         # The rest of the tensors is as large as the model and its moments.
-        found = found._replace(tensors={"metrics": found.tensors["metrics"]})
+        found = found._replace(tensors={"metrics": dict(found.tensors["metrics"])})
     if engine.precision == "float32":
         plan = make_plan(config, model, 4, ranks)
     if position.step > config.num_steps:

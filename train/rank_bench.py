@@ -346,14 +346,17 @@ def check(
     if options.dry_run:
         raise ConfigError("--dry-run: python -m train.plan --world-size N says what layouts take")
     for override in overrides:
-        if override.startswith(("parallel.expert_parallel_size=", "parallel.zero_stage=")):
+        setting = override.partition("=")[0].lstrip("-")
+        if setting in ("parallel", "parallel.expert_parallel_size", "parallel.zero_stage"):
             raise ConfigError(f"{override} has no effect here: choose with --layouts")
     check_layout(with_layout(config, "1x0"), ranks)
     for name in (name for name in names if name != PLAIN):
         try:
             check_user_settings(with_layout(config, name))
         except ConfigError as error:
-            raise ConfigError(f"layout {name}: {error}") from error
+            raise ConfigError(
+                f"layout {name}: {error}; choose others, for example --layouts 1x1 1x3"
+            ) from error
     if options.json and ranks.rank == 0:
         check_directory(options.json.parent, "the folder of --json")
         if options.json.is_dir():

@@ -1,4 +1,4 @@
-"""Which rank is this process, among how many? What a launcher says in the environment.
+"""Which rank is this process, among how many, and how do ranks agree?
 
 `deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without
 them the program is the only process.
@@ -57,13 +57,14 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
             f"the environment's RANK ({values['RANK']}) must be below WORLD_SIZE "
             f"({values['WORLD_SIZE']})"
         )
-    local = environment.get("LOCAL_WORLD_SIZE", "")
+    # As torchrun calls it, and as DeepSpeed's launcher does.
+    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE", "")
     local_world_size = int(local) if local.isascii() and local.isdigit() and int(local) else 1
     return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], local_world_size)
 
 
 @contextlib.contextmanager
-def first_rank_first(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+def first_rank_first() -> Iterator[None]:
     """A block that fails on every rank alike: rank 0 says it, and the launcher ends the others,
     which speak after a while if there is none."""
     try:
@@ -71,7 +72,7 @@ def first_rank_first(environment: Mapping[str, str] = os.environ) -> Iterator[No
     except PeerError:
         raise
     except RunError:
-        if environment.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(_PATIENCE_SECONDS)
         raise
 
@@ -86,7 +87,7 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def agreeing(gather: Gather = gather) -> Iterator[None]:
+def agreeing(gather: Gather) -> Iterator[None]:
     """A block that all ranks go through: where one fails, all do, and none waits for it.
 
     Raises:

@@ -36,7 +36,7 @@ def run_state(
     engine: Engine,
     at: Position,
     config: RunConfig,
-    identity: dict[str, Any],
+    facts: dict[str, Any],
     *,
     seconds: float,
     window: Tensor,
@@ -44,7 +44,7 @@ def run_state(
     """What this rank puts into a checkpoint: tensors by group, and what is no tensor.
 
     Args:
-        identity: of this run, see there.
+        facts: the `identity` of this run.
         seconds: of training so far.
         window: what the metrics over a window of steps are made from.
     """
@@ -53,7 +53,7 @@ def run_state(
         "evaluated": at.evaluated,
         "seconds": seconds,
         "precision": engine.precision,
-        "identity": identity,
+        "identity": facts,
         "config": config.model_dump(mode="json"),
     }
     tensors = {**engine.state_tensors(), "random": get_random_state()}

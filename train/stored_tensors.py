@@ -77,6 +77,10 @@ class StoredGroup(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor.
+        return name in self.kinds
+
     def __getitem__(self, name: str) -> Tensor:
         shape = self.kinds[name].shape
         return self.read(name, 0, shape.numel()).view(shape)
@@ -111,10 +115,10 @@ def open_file(
     Args: shape_of_whole: of a tensor of which there are fragments.
     Raises:
         KeyError, OSError, ValueError, safetensors.SafetensorError: if the file is not what it
-            should be.
+            should be; and what `shape_of_whole` raises.
     """
     pieces, kinds = [], {}
-    file = safe_open(path, "pt").__enter__()  # mapped for as long as pieces of it are in use
+    file = safe_open(path, "pt")  # mapped for as long as pieces of it are in use
     for key in file.keys():  # noqa: SIM118 (not a mapping)
         part = file.get_slice(key)
         shape, dtype = torch.Size(part.get_shape()), _BY_NAME[part.get_dtype()]
