@@ -165,8 +165,10 @@ def _child(rank, world_size, device, port, logs, results, work, args) -> None:
 
 def _gathered(engine: Any, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Whole tensors of every group, on every rank, whichever engine has them."""
+    # On the CPU: a tensor of a GPU would come from another rank on that rank's.
     copies = {
-        group: {k: t.detach().clone() for k, t in named.items()} for group, named in parts.items()
+        group: {k: t.detach().cpu().clone() for k, t in named.items()}
+        for group, named in parts.items()
     }
     if not engine.shared_out:
         return copies
@@ -201,7 +203,7 @@ def gathered_gradients(engine: Any) -> dict[str, Any]:
         return {
             part_name: part
             for name, parameter in engine.model.named_parameters()
-            for part_name, part in split_experts(name, parameter.grad.clone()).items()
+            for part_name, part in split_experts(name, parameter.grad.cpu().clone()).items()
         }
     from train.fragments import gradient_of, held_parts, split_part
 
