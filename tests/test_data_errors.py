@@ -46,7 +46,11 @@ _FIELD = r"^data\.domains\.0\.text_field \(text\): .*"
         ("bad.parquet", b"PAR1 and no more", _D0 + r"bad\.parquet cannot be read"),
         ("rows.parquet", _parquet([], pyarrow.string()), r"^data\.domains\.0 \(d0\) holds no text"),
         ("bad.txt.gz", b"\x1f\x8b\x00", _D0 + r"bad\.txt\.gz cannot be read"),
-        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], _D0 + r"cut\.txt\.gz cannot be read"),
+        (
+            "cut.txt.gz",
+            gzip.compress(b"text" * 99, mtime=0)[:-9],
+            _D0 + r"cut\.txt\.gz cannot be read",
+        ),
         ("body.jsonl", b'{"body": "a"}\n', _FIELD + "no column text; it has body: set it to one"),
         ("body.parquet", _parquet(["a"], name="body"), _FIELD + "no column text; it has body: set"),
         (
@@ -81,13 +85,13 @@ _FIELD = r"^data\.domains\.0\.text_field \(text\): .*"
             r"leave it out, or set data\.domains\.0\.invalid_utf8: replace$",
         ),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', _D0 + r"byte 0xe9 at position 13"),
-        ("latin.txt.gz", gzip.compress(b"caf\xe9"), _D0 + r"byte 0xe9 at position 3"),
+        ("latin.txt.gz", gzip.compress(b"caf\xe9", mtime=0), _D0 + r"byte 0xe9 at position 3"),
         ("cut.txt", "é".encode()[:1], _D0 + r"byte 0xc3 at position 0"),
         ("null.txt", b"text\0", _D0 + r"a NUL byte at position 4"),
         ("wide.txt", "text".encode("utf-16"), _D0 + r"looks like UTF-16\); convert it or leave it"),
         (
             "packed.txt",
-            gzip.compress(b"text"),
+            gzip.compress(b"text", mtime=0),
             _D0 + r"looks like gzip \(the name has to end in \.gz",
         ),
     ],
@@ -447,7 +451,7 @@ def test_sources_that_can_be_had_pass_and_nothing_is_written(tmp_path):
     [
         ("none.txt", None, "matches no file"),
         ("empty.txt", b"", "holds no text"),
-        ("empty.txt.gz", gzip.compress(b""), "holds no text"),
+        ("empty.txt.gz", gzip.compress(b"", mtime=0), "holds no text"),
         ("rows.parquet", _parquet([], pyarrow.string()), "holds no text"),
         ("latin.txt", b"caf\xe9", r"byte 0xe9 at position 3"),
         ("bad.parquet", b"PAR1 and no more", r"bad\.parquet cannot be read"),

@@ -40,13 +40,12 @@ class KilledRun:
 
     Attributes:
         committed: step of the newest checkpoint after the last kill; 0 as long as there is none.
-        cut_off: for each rank, saves that its death ended before they were committed.
     """
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.run_dir = folder, folder / "run"
         self.draw = random.Random(seed)
-        self.committed, self.starts, self.cut_off = 0, 0, [0, 0]
+        self.committed, self.starts = 0, 0
         self.running: Forked | None = None
 
     def start(self, **changes: Any) -> Forked:
@@ -65,8 +64,11 @@ class KilledRun:
         found = (self.run_dir / "checkpoints").glob("step_*")
         return max((int(path.name.removeprefix("step_")) for path in found), default=0)
 
-    def kill(self, victim: int, *, saving: bool) -> None:
-        """Start the run, kill one rank of it, and look at what is left."""
+    def kill(self, victim: int, *, saving: bool) -> bool:
+        """Start the run, kill one rank of it, and look at what is left.
+
+        Returns: whether a save was cut off.
+        """
         run = self.start()
         run.wait_for(f"step {self.committed + 1}/")
         saved = self._stop_while_saving(run, victim) if saving else None
@@ -81,15 +83,15 @@ class KilledRun:
             path = self.run_dir / "checkpoints" / f"step_{newest:08d}"
             assert verify_checkpoint(path) == []
         assert newest >= before >= self.committed
-        if saved is not None:
-            self.cut_off[victim] += newest < saved
         self.committed = newest
+        return saved is not None and newest < saved
 
     def _stop_while_saving(self, run: Forked, victim: int) -> int:
         """Stop the victim at a random instant of a save, and say of which step.
 
-        Rank 0 is stopped before it commits; rank 1 before it has written its part, or else the save
-        goes on without it, and the next one will do.
+        Rank 0 is stopped before it commits. Rank 1 before it has written its part, or else the save
+        goes on without it, and the next one will do; that is seen a moment later, or, where the
+        machine is busy, not at all.
         """
         process, directory = run.ranks()[victim], self.run_dir / "checkpoints"
         end = time.monotonic() + 30
@@ -99,7 +101,7 @@ class KilledRun:
                 continue
             time.sleep(0.01 * self.draw.random())
             process.send_signal(signal.SIGSTOP)
-            time.sleep(0 if victim == 0 else 0.1)
+            time.sleep(0 if victim == 0 else 0.2)
             if found.exists():
                 return int(found.name.removeprefix(f"{SAVING}step_"))
             process.send_signal(signal.SIGCONT)
@@ -135,19 +137,20 @@ def killed_run(tmp_path, request) -> Iterator[KilledRun]:
 def test_a_run_survives_the_death_of_its_ranks(killed_run):
     """Of rank 1 at any instant, of both while they save."""
     killed_run.kill(1, saving=False)
-    killed_run.kill(0, saving=True)
-    killed_run.kill(1, saving=True)
-    assert killed_run.cut_off == [1, 1]
+    for victim in (0, 1):
+        assert any(killed_run.kill(victim, saving=True) for _ in range(5))
     killed_run.finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_run", [2, 3], indirect=True)
 def test_a_run_survives_25_deaths_of_its_ranks(killed_run):
-    """12 of each rank's, of which half are aimed at saves, and one more."""
+    """Every second one aimed at a save, by turns of rank 0 and rank 1."""
+    cut_off = [0, 0]
     for number in range(25):
-        killed_run.kill(number % 2, saving=number // 2 % 2 == 0)
-    assert killed_run.cut_off == [7, 6]
+        victim = number // 2 % 2
+        cut_off[victim] += killed_run.kill(victim, saving=number % 2 == 0)
+    assert min(cut_off) >= 4, cut_off
     killed_run.finish()
 
 
