@@ -35,6 +35,8 @@ _IMPORTED = [
     "train.pretrain",
 ]
 
+# Also where there is a GPU: what was imported must not have touched it before a fork.
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # Of every operation between the ranks of `run_ranks`: no default of anyone's.
 TIMEOUT_MINUTES = 1.25
 
@@ -55,8 +57,8 @@ def process_context(device: str) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in ON_CPU.items():
+            patch.setenv(name, value)
         forkserver.ensure_running()
     return context
 

@@ -17,15 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rank_cases import end_with_parent, free_port, process_context, rank_environment
+from rank_cases import ON_CPU, end_with_parent, free_port, process_context, rank_environment
 from training_cases import ROOT
 
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), **ON_CPU}
 
 
 class Started:

@@ -12,7 +12,7 @@ groups hold the same experts: their expert-data group sums these experts' gradie
 
 DeepSpeed finds a layer by its class alone (`AutoEPMoELayer`), and its experts by attributes of
 three parameters w1, w2, w3: what stands here follows deepspeed 0.19 and is held by
-`tests/test_rank_parity.py`.
+`tests/test_deepspeed_contract.py`.
 """
 
 import contextlib
