@@ -108,7 +108,7 @@ def test_planted_leak_in_attention_is_caught(path, monkeypatch):
 def test_planted_leak_in_the_experts_is_caught(monkeypatch):
     dispatch = MoELayer.dispatch
     monkeypatch.setattr(
-        MoELayer, "dispatch", lambda self, x, r: dispatch(self, x, r) + 1e-4 * x.mean(0)
+        MoELayer, "dispatch", lambda self, x, *rest: dispatch(self, x, *rest) + 1e-4 * x.mean(0)
     )
     model, ids = build("softmax"), tokens(2, SEQ_LEN)
     assert difference(model, ids, changed_at(ids, (0, 6)), before(6)) > 1e-6

@@ -511,3 +511,14 @@ def test_the_same_settings_pass_after_a_round_trip(tmp_path):
     }
     loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {}, settings, keep_last=1))
     refuse_changes(loaded.state, settings)
+
+
+def test_a_folder_in_the_place_of_latest_does_not_stop_a_save(tmp_path):
+    (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+    told: list[str] = []
+    tensors = {"model": {"w": torch.ones(1)}}
+    path = save_checkpoint(tmp_path, 1, tensors, {}, keep_last=1, warn=told.append)
+    assert verify_checkpoint(path) == []
+    assert told == [
+        f"{path.parent / 'latest'} is a folder, it should name step_00000001: remove it"
+    ]

@@ -63,3 +63,19 @@ def test_wrong_places_are_errors(tmp_path, capsys):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert main([str(tmp_path / "run"), "--output", output]) == 4
     assert "model_rank_00001.safetensors" in capsys.readouterr().err
+
+
+def test_a_target_that_is_something_else_is_refused(tmp_path, capsys):
+    assert run(tmp_path / "run", {"training.steps": 1, "evaluation.every": 0}) == 0
+    config = tmp_path / "run" / "config.yaml"
+    before = config.read_bytes()
+    inside = next((tmp_path / "run" / "checkpoints").glob("step_*")) / "model.safetensors"
+    (tmp_path / "folder.safetensors").mkdir()
+    for output, expected in (
+        (config, "must name a file that ends in .safetensors"),
+        (tmp_path / "folder.safetensors", "must name a file that ends in .safetensors"),
+        (inside, "lies among the checkpoints"),
+    ):
+        assert main([str(tmp_path / "run"), "--output", str(output)]) == 2
+        assert expected in capsys.readouterr().err
+    assert config.read_bytes() == before

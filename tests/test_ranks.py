@@ -107,6 +107,26 @@ def test_deepspeed_settings_that_follow_from_ours_are_refused(user, expected):
         derive_config(config, Ranks(0, 0, 1), "float32")
 
 
+@pytest.mark.parametrize(
+    "user",
+    [
+        {"comms_logger": 3},
+        {"comms_logger": {"enabled": "maybe"}},
+        {"flops_profiler": 1},
+        {"communication_data_type": 3},
+        {"wall_clock_breakdown": "maybe"},
+        {"zero_optimization": {1: 2}},
+        {"zero_optimization": {"bogus": 1}},
+    ],
+)
+def test_what_deepspeed_says_of_a_setting_is_one_line(user):
+    from train.deepspeed_engine import checked_config
+
+    config = make_config(Path("unused"), {"deepspeed": user})
+    with pytest.raises(ConfigError, match=r"^deepspeed: [^\n]+$"):
+        checked_config(config, Ranks(0, 0, 1), "float32")
+
+
 def test_other_deepspeed_settings_pass_through():
     user = {
         # More than a count of ours may be.

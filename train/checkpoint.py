@@ -182,7 +182,11 @@ def _commit(
     write_durably(temporary / MANIFEST, [render_manifest(step, files)])
     sync_directory(temporary)
     _put_in_place(temporary, target, warn)
-    replace_file(target.parent / "latest", target.name + "\n")
+    latest = target.parent / "latest"
+    try:
+        replace_file(latest, target.name + "\n")
+    except IsADirectoryError:
+        warn(f"{latest} is a folder, it should name {target.name}: remove it")
 
 
 def _put_in_place(temporary: Path, target: Path, warn: Callable[[str], None]) -> None:

@@ -171,7 +171,7 @@ class ParallelConfig(Section):
 
     expert_parallel_size: Count = 1
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_boolean)] = 1
-    timeout_minutes: Annotated[Real, Field(gt=0, le=24 * 60)] = 10.0
+    timeout_minutes: Annotated[Real, Field(ge=0.05, le=24 * 60)] = 10.0
 
 
 class RunConfig(Section):

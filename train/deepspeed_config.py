@@ -29,6 +29,7 @@ DERIVED = {
 # What lays weights or gradients out in ways that our checkpoints and norms do not read.
 REFUSED = (
     "zero_optimization.round_robin_gradients",
+    "zero_optimization.module_granularity_threshold",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_gradients",
@@ -56,7 +57,6 @@ ALLOWED = (
     "dump_state",
     "flops_profiler",
     "memory_breakdown",
-    "steps_per_print",
     "tensorboard",
     "wall_clock_breakdown",
 )

@@ -53,6 +53,8 @@ from train.run_directory import format_bytes
 from train.status import format_table
 from train.stored_tensors import moments_by_key
 
+# What DeepSpeed raises over a setting of the user's, depending on where it notices.
+_WRONG_SETTING = (ValidationError, ValueError, TypeError, AttributeError, AssertionError, OSError)
 # Ranks that the table at the start lists.
 _MOST_ROWS = 16
 
@@ -113,7 +115,7 @@ def checked_config(config: RunConfig, ranks: Ranks, precision: str) -> dict[str,
     derived = derive_config(config, ranks, precision)
     try:
         deepspeed.DeepSpeedConfig(copy.deepcopy(derived))
-    except (ValidationError, ValueError) as error:
+    except _WRONG_SETTING as error:
         raise ConfigError(f"deepspeed: {explain_settings(error)}") from error
     return derived
 
@@ -157,13 +159,18 @@ class DeepSpeedEngine:
         model.activation_checkpointing = config.training.activation_checkpointing
         param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
         optimizer = build_optimizer(param_groups, config.optimizer)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=list(model.parameters()),
-            config=derived,
-            dist_init_required=False,
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=list(model.parameters()),
+                config=derived,
+                dist_init_required=False,
+            )
+        except _WRONG_SETTING as error:
+            if not config.deepspeed:
+                raise
+            raise ConfigError(f"deepspeed: {explain_settings(error)}") from error
         if config.model.moe_layers and not self.engine.has_moe_layers:
             raise RuntimeError("DeepSpeed does not see the model's experts")
 

@@ -43,7 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {text}", file=sys.stderr)
 
     def program() -> int:
-        check_directory(options.output.parent, "--output")
+        if options.output.suffix != ".safetensors" or options.output.is_dir():
+            raise ConfigError(
+                f"--output ({options.output}) must name a file that ends in .safetensors"
+            )
+        if (options.run / "checkpoints").resolve() in options.output.resolve().parents:
+            raise ConfigError(
+                f"--output ({options.output}) lies among the checkpoints; choose another place"
+            )
+        check_directory(options.output.parent, "the folder of --output")
         found = newest_checkpoint(options.run, "auto", warn, open_checkpoint)
         if found is None:
             raise ConfigError(f"{options.run} has no checkpoint; give the output_dir of a run")

@@ -117,7 +117,7 @@ def describe_layouts(layouts: list[Layout], memory: int | None) -> str:
     Args: memory: bytes of one device, to say what fits; None leaves that out.
     """
     head: tuple[str, ...] = ("experts over", "ZeRO", "weights", "gradients", "optimizer")
-    head += ("activations", "on the device", "on the host", "sent a step")
+    head += ("activations", "on the device", "on the host", "tokens sent a step")
     head += () if memory is None else ("fits",)
     rows: list[tuple[str, ...]] = [head]
     for at in layouts:
