@@ -371,3 +371,12 @@ def test_one_gpu_under_deepspeed_takes_the_steps_of_one_process():
 @on_gpus(2)
 def test_two_gpus_take_the_steps_of_one_process():
     check_gpus(2, (1, 2))
+
+
+@pytest.mark.slow
+def test_what_is_compiled_takes_the_steps_of_one_process():
+    """By PyTorch's own compiler, which takes minutes."""
+    compiled = case("sgd", 2, 1, clip=True, passes=1, recompute=False, world=2)
+    compiled |= {"deepspeed": {"compile": {}}}
+    (results, _) = run_ranks(2, run_cases, [compiled], data(), seconds=400)
+    check(compiled, results[0])

@@ -53,6 +53,7 @@ ALLOWED = (
     "zero_optimization",
     "comms_logger",
     "communication_data_type",
+    "compile",
     "csv_monitor",
     "dump_state",
     "flops_profiler",

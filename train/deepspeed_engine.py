@@ -167,6 +167,8 @@ class DeepSpeedEngine:
                 config=derived,
                 dist_init_required=False,
             )
+            if "compile" in config.deepspeed:
+                self.engine.compile()
         except _WRONG_SETTING as error:
             if not config.deepspeed:
                 raise
