@@ -141,6 +141,39 @@ def fused_topk(
     return TopK(topk_weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))
 
 
+def weights_of(
+    router_logits: Tensor,
+    topk_indices: Tensor,
+    *,
+    score: str = "softmax",
+    normalize: bool = True,
+) -> TopK:
+    """The record of `fused_topk` for experts that were chosen elsewhere: replayed routes.
+
+    The same formula and gradients, by PyTorch whatever the backend; the choice is not questioned.
+
+    Args:
+        router_logits: (T, E).
+        topk_indices: (T, K) int64, -1 for no assignment, which weighs 0.
+        score, normalize: as in `fused_topk`.
+    Raises:
+        ValueError: on a wrong shape or device, or an unknown score.
+    """
+    check_shape("weights_of", "router_logits", router_logits, (None, None))
+    check_shape("weights_of", "topk_indices", topk_indices, (len(router_logits), None))
+    check_same_device("weights_of", router_logits=router_logits, topk_indices=topk_indices)
+    if score not in SCORES:
+        raise ValueError(f"weights_of: score ({score!r}) must be one of {', '.join(SCORES)}")
+    with no_autocast(router_logits):
+        logits = at_least_float32(router_logits)
+        probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
+        weights = probs.gather(-1, topk_indices.clamp(min=0))  # (T, K)
+        weights = weights.masked_fill(topk_indices < 0, 0)
+        if normalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    return TopK(weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))
+
+
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     """Softmax, top-k and renormalisation, against `softmax` and `topk` of PyTorch."""
     shapes = ((4096, 16, 4), (32768, 64, 8), (32768, 128, 8), (8192, 256, 8))

@@ -8,7 +8,7 @@ lm_loss = cross_entropy(norm(x) @ head^T, labels);  loss = lm_loss + sum of weig
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +157,7 @@ class MoETransformer(nn.Module):
         caches: tuple[KVCache, ...] | None = None,
         need_logits: bool | None = None,
         generator: torch.Generator | None = None,
+        routes: Sequence[Tensor | None] | None = None,
     ) -> ModelOutput:
         """Args:
         input_ids: (B, S) int64. labels: (B, S), -100 where nothing is to be predicted.
@@ -168,10 +169,13 @@ class MoETransformer(nn.Module):
         need_logits: whether to return them, by default where there are no labels.
         generator: of the router's noise; None for PyTorch's global one, which alone activation
             checkpointing replays.
+        routes: one a routed layer, (B, S, K) experts to take in place of the router's choice, -1
+            for none, or None for its own choice there; None: every router chooses.
 
         Raises:
             ValueError: on a generator under activation checkpointing: the recomputation would draw
-                other noise, and the gradient be that of another routing.
+                other noise, and the gradient be that of another routing; on routes of another
+                shape, or for a router that cannot take them.
         """
         if generator is not None and self.activation_checkpointing and torch.is_grad_enabled():
             raise ValueError(
@@ -192,7 +196,12 @@ class MoETransformer(nn.Module):
         )
         x = self.embedding(input_ids)  # (B, S, D)
         x, routings, new_caches = self._run_blocks(
-            x, positions, context, document_ids, caches, keep_caches=labels is None
+            x,
+            positions,
+            self._layer_contexts(context, routes),
+            document_ids,
+            caches,
+            keep_caches=labels is None,
         )
         if need_logits is None:
             need_logits = labels is None
@@ -201,11 +210,40 @@ class MoETransformer(nn.Module):
         output = ModelOutput(None, None, None, None, aux_losses, logits, routings, new_caches)
         return output if lm is None else self._with_loss(output, lm, totals)
 
+    def _layer_contexts(
+        self, context: RouterContext, routes: Sequence[Tensor | None] | None
+    ) -> list[RouterContext]:
+        """The context of each block: its number, and the routes that its router is to take."""
+        contexts = [context._replace(layer=layer) for layer in range(len(self.blocks))]
+        if routes is None:
+            return contexts
+        config = self.config
+        if len(routes) != len(config.moe_layers):
+            raise ValueError(
+                f"routes has {len(routes)} layers, needs {len(config.moe_layers)}, one for each "
+                f"routed layer of the model"
+            )
+        if not getattr(load_variant("routers", config.moe.router.name).Router, "replays", False):
+            raise ValueError(
+                f"model.moe.router.name ({config.moe.router.name}) cannot replay routes: its "
+                f"Router does not say `replays = True`"
+            )
+        wanted = *context.batch_shape, config.top_k
+        for layer, chosen in zip(config.moe_layers, routes, strict=True):
+            if chosen is None:
+                continue
+            if tuple(chosen.shape) != wanted:
+                raise ValueError(
+                    f"routes of layer {layer} are {tuple(chosen.shape)}, need {wanted} (B, S, K)"
+                )
+            contexts[layer] = contexts[layer]._replace(topk_indices=chosen.flatten(0, 1).long())
+        return contexts
+
     def _run_blocks(
         self,
         x: Tensor,
         positions: Tensor,
-        context: RouterContext,
+        contexts: list[RouterContext],
         document_ids: Tensor | None,
         caches: tuple[KVCache, ...] | None,
         *,
@@ -215,8 +253,8 @@ class MoETransformer(nn.Module):
         routings, new_caches = [], []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            at = context._replace(layer=layer)
-            arguments = (x, positions, at, document_ids, caches[layer] if caches else None)
+            cache = caches[layer] if caches else None
+            arguments = (x, positions, contexts[layer], document_ids, cache)
             if recompute:
                 x, routing, cache = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_cases import data, make_config, make_engine, micro_batches
 
-from moe.routing import counts_by_sequence, domain_expert_information
+from moe.measures import domain_expert_information
+from moe.routing import counts_by_sequence
 from train.packing import IGNORE
 from train.random_state import get_random_state
 from train.step import train_step

@@ -27,6 +27,7 @@ from train.engine import (
     model_state,
     parameter_groups,
     refuse_misfits,
+    routes_of,
 )
 from train.errors import CheckpointError, ConfigError
 from train.expert_names import expert_name
@@ -200,6 +201,7 @@ class DeepSpeedEngine:
             batch.labels.to(self.device, non_blocking=True),
             batch.document_ids.to(self.device, non_blocking=True),
             totals=totals,
+            routes=routes_of(batch, self.device),
         )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

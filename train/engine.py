@@ -129,6 +129,7 @@ class PlainEngine:
                 batch.labels.to(self.device, non_blocking=True),
                 batch.document_ids.to(self.device, non_blocking=True),
                 totals=totals,
+                routes=routes_of(batch, self.device),
             )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -221,6 +222,13 @@ class PlainEngine:
             for name, value in by_name.items():
                 # The fused AdamW keeps its step count, too, on the weights' device.
                 self.optimizer.state[parameters[name]][key] = value.clone().to(self.device)
+
+
+def routes_of(batch: Batch, device: torch.device) -> tuple[Tensor, ...] | None:
+    """The routes that a batch asks to replay, one (B, S, K) a routed layer."""
+    if batch.routes is None:
+        return None
+    return tuple(batch.routes.to(device, non_blocking=True))
 
 
 def refuse_misfits(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
 
-from moe.routing import dead_experts, max_violation
+from moe.measures import dead_experts, max_violation
 from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import Engine

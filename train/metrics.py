@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from moe.config import ModelConfig
-from moe.routing import Routing, dead_experts, max_violation, router_entropy
+from moe.measures import dead_experts, max_violation, router_sums
+from moe.routing import Routing
 from train.figures import domain_expert_map, load_heat_map
 from train.validation import Evaluation
 
@@ -46,7 +47,8 @@ def expert_usage(routings: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
     if not routings:
         return torch.zeros(0, 1, dtype=torch.long), torch.zeros(0)
     counts = torch.stack([r.tokens_per_expert for r in routings])
-    return counts, torch.stack([router_entropy(r).detach() for r in routings])
+    sums = [router_sums(routing) for routing in routings]
+    return counts, torch.stack([each.entropy / each.num_tokens.clamp(min=1) for each in sums])
 
 
 def loss_weights(model: ModelConfig) -> dict[str, float]:

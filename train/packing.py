@@ -27,13 +27,15 @@ class Batch(NamedTuple):
 
     input_ids: (B, S) int64. labels: (B, S) int64, the next token, -100 where it belongs to another
     document (after an end of text). document_ids: (B, S) int32, rising from 0 within a sequence.
-    domain_ids: (B,) int64, index into the data's `domain_names`.
+    domain_ids: (B,) int64, index into the data's `domain_names`. routes: (L, B, S, K) experts to
+    replay in each routed layer, None where the routers choose.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor
     domain_ids: Tensor
+    routes: Tensor | None = None
 
 
 def pack(rows: np.ndarray, domain_ids: np.ndarray, end_of_text: int) -> Batch:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe.config import ModelConfig
-from moe.routing import dead_experts, effective_experts, max_violation
+from moe.measures import dead_experts, effective_experts, max_violation
 from train.status import format_duration
 from train.validation import Evaluation
 

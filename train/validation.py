@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.routing import counts_by_sequence, domain_expert_information
+from moe.measures import domain_expert_information
+from moe.routing import counts_by_sequence
 from train.data import PreparedData
 from train.engine import Engine
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
-from kernels.routing import fused_topk
+from kernels.routing import fused_topk, weights_of
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Count, Real, VariantConfig
 
@@ -48,6 +48,7 @@ class Router(nn.Module):
 
     causal = True
     fixed_k = True
+    replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
         super().__init__()
@@ -56,6 +57,11 @@ class Router(nn.Module):
         # Saved and restored with the model even where nothing moves it: one layout of checkpoint.
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.expert_bias: Tensor
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """(E,) added to the scores for the choice, None where nothing is."""
+        return self.expert_bias if self.config.bias_update_rate > 0 else None
 
     def _apply(self, fn, recurse=True):
         """Move with the model, but keep the bias in float32: bfloat16 would swallow its updates."""
@@ -76,14 +82,19 @@ class Router(nn.Module):
                 )
                 x = x * (1 + config.jitter * (2 * noise - 1))
             router_logits = linear(x, at_least_float32(self.weight))  # (T, E)
-        chosen = fused_topk(
-            router_logits,
-            config.top_k,
-            score=config.score,
-            normalize=config.normalize,
-            bias=self.expert_bias if config.bias_update_rate > 0 else None,
-            backend=context.backend,
-        )
+        score, normalize = config.score, config.normalize
+        if context.topk_indices is not None:
+            given = context.topk_indices
+            chosen = weights_of(router_logits, given, score=score, normalize=normalize)
+        else:
+            chosen = fused_topk(
+                router_logits,
+                config.top_k,
+                score=score,
+                normalize=normalize,
+                bias=self.selection_bias,
+                backend=context.backend,
+            )
         return make_routing(
             router_logits,
             chosen.router_probs,
