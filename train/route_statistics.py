@@ -1,0 +1,139 @@
+"""What were experts chosen for? Counts over many forward passes, on the device that routed them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.measures import co_activation_counts, first_choice, repeats
+from moe.routing import Routing, counts_by_sequence
+from train.packing import Batch
+
+
+class RouteStatistics:
+    """Counts of the routes of a text, D domains, L routed layers, E experts.
+
+    Attributes:
+        load: (D, L, E) int64 assignments. co_activation: (L, E, E) float64, `co_activation_counts`.
+        repeats: (L, 2) int64, tokens that repeat the first choice before them, and pairs.
+        vocabulary: by input token.
+    Args:
+        token_ids: (N,) the tokens whose experts are counted, such as the most frequent ones.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_domains: int,
+        token_ids: Tensor,
+        device: torch.device | str = "cpu",
+    ):
+        layers, experts = len(config.moe_layers), config.moe.num_experts
+        self.load = torch.zeros(num_domains, layers, experts, dtype=torch.int64, device=device)
+        self.co_activation = torch.zeros(
+            layers, experts, experts, dtype=torch.float64, device=device
+        )
+        self.repeats = torch.zeros(layers, 2, dtype=torch.int64, device=device)
+        self.vocabulary = VocabularyCounts(config, token_ids, device)
+
+    def add(self, batch: Batch, routings: Sequence[Routing]) -> Tensor:
+        """Count the routes of a forward pass; returns the (B, L, E) assignments by sequence."""
+        size, seq_len = batch.input_ids.shape
+        device = self.load.device
+        by_sequence = self.load.new_zeros(size, *self.load.shape[1:])
+        documents = batch.document_ids.to(device)
+        for layer, routing in enumerate(routings):
+            by_sequence[:, layer] = counts_by_sequence(routing, size)
+            num_experts = self.load.shape[-1]
+            self.co_activation[layer] += co_activation_counts(routing.topk_indices, num_experts)
+            chosen = first_choice(routing).view(size, seq_len)
+            self.repeats[layer] += torch.stack(repeats(chosen, documents))
+        self.load.index_add_(0, batch.domain_ids.to(device), by_sequence)
+        self.vocabulary.add(batch.input_ids.flatten().to(device), routings)
+        return by_sequence
+
+    def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks; `reduce` sums one tensor."""
+        self.load, self.co_activation = reduce(self.load), reduce(self.co_activation)
+        self.repeats = reduce(self.repeats)
+        self.vocabulary.all_reduce(reduce)
+
+    @property
+    def repeat_rate(self) -> Tensor:
+        """(L,) P(first choice = that of the token before, in the same document)."""
+        same, pairs = self.repeats.double().unbind(-1)
+        return same / pairs.clamp(min=1)
+
+
+class TopToken(NamedTuple):
+    """A token that an expert is fond of: its id, the share of its occurrences that went to the
+    expert (K / E by chance), and how often it occurred."""
+
+    token_id: int
+    share: float
+    occurrences: int
+
+
+class VocabularyCounts:
+    """How the occurrences of chosen tokens spread over the experts of each layer.
+
+    Attributes:
+        token_ids: (N,) the tokens. occurrences: (N,) int64 of each. assignments: (L, E, N) int64.
+    """
+
+    def __init__(self, config: ModelConfig, token_ids: Tensor, device: torch.device | str = "cpu"):
+        number = len(token_ids)
+        shape = len(config.moe_layers), config.moe.num_experts, number
+        self.token_ids = token_ids.to(device)
+        self.occurrences = torch.zeros(number, dtype=torch.int64, device=device)
+        self.assignments = torch.zeros(shape, dtype=torch.int64, device=device)
+        # Place of each token among `token_ids`; the last one is of all that are not counted.
+        assert config.vocab_size is not None
+        self._place = torch.full((config.vocab_size,), number, device=device)
+        self._place[self.token_ids] = torch.arange(number, device=device)
+
+    def add(self, ids: Tensor, routings: Sequence[Routing]) -> None:
+        """Count (T,) tokens and the experts that each was sent to; ids below 0 count nowhere."""
+        number = len(self.token_ids)
+        place = torch.where(ids < 0, number, self._place[ids.clamp(min=0)])  # (T,)
+        counts = self.occurrences.new_zeros(number + 1)
+        self.occurrences += counts.index_add_(0, place, torch.ones_like(place))[:-1]
+        num_experts = self.assignments.shape[1]
+        for layer, routing in enumerate(routings):
+            expert = routing.topk_indices
+            expert = torch.where(expert < 0, num_experts, expert)  # (T, K)
+            cell = (expert * (number + 1) + place.unsqueeze(-1)).flatten()
+            flat = counts.new_zeros((num_experts + 1) * (number + 1))
+            flat.index_add_(0, cell, torch.ones_like(cell))
+            self.assignments[layer] += flat.view(num_experts + 1, number + 1)[:-1, :-1]
+
+    def all_reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks; `reduce` sums one tensor."""
+        self.occurrences, self.assignments = reduce(self.occurrences), reduce(self.assignments)
+
+    def specialisation(self) -> Tensor:
+        """(L, E, N) float64: share of a token's occurrences that each expert got (OLMoE, arXiv
+        2409.02060, section 5.3)."""
+        return self.assignments.double() / self.occurrences.clamp(min=1)
+
+    def top_tokens(
+        self, layer: int, expert: int, number: int, least: int = 8
+    ) -> tuple[TopToken, ...]:
+        """The tokens with the largest share in an expert, of those that occur `least` times; ties
+        go to the more frequent, then to the lower id."""
+        got = self.assignments[layer, expert].tolist()
+        rows = zip(self.token_ids.tolist(), got, self.occurrences.tolist(), strict=True)
+        known = [TopToken(i, n / all_of, all_of) for i, n, all_of in rows if n and all_of >= least]
+        known.sort(key=lambda token: (-token.share, -token.occurrences, token.token_id))
+        return tuple(known[:number])
+
+
+def frequent_tokens(counts: Tensor, number: int) -> Tensor:
+    """Ids of the `number` most frequent tokens that occur at all, in falling order.
+
+    Args: counts: (V,) occurrences; ties go to the lower id.
+    """
+    order = counts.argsort(descending=True, stable=True)[:number]
+    return order[counts[order] > 0]
