@@ -1,77 +1,34 @@
-"""Pictures of expert use: drawn with matplotlib, returned as figures."""
+"""Pictures of experts, for TensorBoard and files: who gets how much, of what, when, with whom?
+
+Blue is less than an even share and red is more; grey: no number.
+"""
 
 import math
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from train.drawing import Panel, Scale, Side, cell_pixels, cells, draw_maps
+from train.drawing import render as render
+from train.drawing import save_figure as save_figure
+
 # Colours end at this multiple of an even share, in every picture, so that steps and runs compare.
 MAX_SHARE = 4.0
 
-
-# Inches. Narrower columns than two pixels blur; past a screen's width they do so all the same.
-_COLUMN, _WIDEST = 0.02, 12.0
-# A row with a label of its own, and the least height of a label.
-_ROW, _LABEL = 0.4, 0.2
+LOAD = Scale(
+    "RdBu_r",
+    low=0.0,
+    middle=1.0,
+    high=MAX_SHARE,
+    labels={0: "0", 0.5: "½", 1: "even", 2: "2×", 3: "3×", 4: "≥4×"},
+    unit="load ÷ even share",
+)
+# Pixels for all experts in a row, and for a row with a label of its own.
+_WIDTH, _ROW = 400, 40
+# No map is lower: the name beside it needs that.
+_LOWEST = 60
 _LONGEST_NAME = 24
-
-
-def _load_norm() -> matplotlib.colors.Normalize:
-    return matplotlib.colors.TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=MAX_SHARE)
-
-
-def _draw(axes, share: np.ndarray, row_names: list[str], title: str, width: float, row: float):
-    """A map of (rows, E) shares; width of all columns and height of a row in inches."""
-    num_experts = share.shape[1]
-    # Sharp cells as long as each has its pixels; beyond, an average loses none.
-    sharp = num_experts * _COLUMN <= _WIDEST
-    image = axes.imshow(
-        share,
-        aspect="auto",
-        cmap="RdBu_r",
-        norm=_load_norm(),
-        interpolation="nearest" if sharp else "antialiased",
-    )
-    every = max(1, math.ceil(_LABEL / row))
-    rows = range(0, len(row_names), every)
-    axes.set_yticks(rows, [_short(row_names[index]) for index in rows])
-    label_width = 0.15 + 0.1 * len(str(num_experts - 1))
-    axes.set_xticks(range(0, num_experts, _power_of_two(num_experts * label_width / width)))
-    axes.set_title(title, fontsize=12)
-    axes.tick_params(labelsize=11, length=0)
-    return image
-
-
-def _power_of_two(least: float) -> int:
-    """The smallest power of two that is at least `least`."""
-    return 2 ** max(0, math.ceil(math.log2(least)))
-
-
-def _short(name: str) -> str:
-    # The end stays: names of one family differ there.
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _color_bar(figure: Figure, image, axes) -> None:
-    # Of one size, at the top, however tall the figure is.
-    shrink = min(1.0, 3.0 / figure.get_figheight())
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        ticks=[0, 0.5, 1, 2, 3, 4],
-        shrink=shrink,
-        anchor=(0.0, 1.0),
-        aspect=15,
-        pad=0.02,
-    )
-    bar.ax.set_yticklabels(["0", "½", "even", "2×", "3×", "≥4×"], fontsize=11)
 
 
 def load_heat_map(tokens_per_expert: Tensor, layers: tuple[int, ...]) -> Figure:
@@ -80,19 +37,8 @@ def load_heat_map(tokens_per_expert: Tensor, layers: tuple[int, ...]) -> Figure:
     Args:
         tokens_per_expert: (L, E) counts. layers: (L,) numbers of the blocks.
     """
-    load = tokens_per_expert.double()
-    share = (load / load.mean(-1, keepdim=True).clamp(min=1e-9)).numpy()
-    width = min(max(3.9, _COLUMN * share.shape[1]), _WIDEST)
-    # Many layers share the height of twelve, down to ten pixels each.
-    row = min(_ROW, max(0.1, 12 * _ROW / len(layers)))
-    # The colour bar needs a height of its own.
-    height = 1.0 + max(1.3, row * len(layers))
-    figure, axes = plt.subplots(figsize=(1.6 + width, height), dpi=100, layout="constrained")
-    names = [f"layer {layer}" for layer in layers]
-    image = _draw(axes, share, names, "load of each expert", width, row)
-    axes.set_xlabel("expert", fontsize=12)
-    _color_bar(figure, image, axes)
-    return figure
+    panel = Panel("load of each expert", LOAD.colors(_share(_numbers(tokens_per_expert))))
+    return draw_maps([panel], _experts(tokens_per_expert.shape[-1]), _layers(layers), LOAD)
 
 
 def domain_expert_map(
@@ -103,38 +49,44 @@ def domain_expert_map(
     Args:
         tokens_per_expert: (domains, L, E) counts. layers: (L,) numbers of the blocks.
     """
-    counts = tokens_per_expert.double()
-    share = (counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)).numpy()
-    width = min(max(3.0, _COLUMN * share.shape[2]), _WIDEST)
-    # About as wide as it is tall, but of two columns at least.
-    columns = min(len(layers), max(2, round(math.sqrt(len(layers) / 2))))
-    rows = -(-len(layers) // columns)
+    share = _share(_numbers(tokens_per_expert))
+    panels = [
+        Panel(f"layer {layer}", LOAD.colors(share[:, index])) for index, layer in enumerate(layers)
+    ]
     names = [_short(name) for name in domain_names]
-    margin = 0.9 + 0.085 * max(len(name) for name in names)
-    row = max(0.28, 1.3 / len(names))
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(margin + (width + 0.4) * columns, 0.6 + rows * (0.7 + row * len(names))),
-        dpi=100,
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
-    image = None
-    for index, axes in enumerate(grid.flat):
-        if index >= len(layers):
-            axes.axis("off")
-            continue
-        title = f"layer {layers[index]}"
-        image = _draw(axes, share[:, index], names, title, width, row)
-    figure.supxlabel("expert", fontsize=12)
-    if image is not None:
-        _color_bar(figure, image, grid)
-    return figure
+    domains = cells("", names, max(28, _LOWEST // len(names)), upright=True)
+    # About as wide as it is tall, but of two columns at least.
+    columns = max(2, round(math.sqrt(len(layers) / 2)))
+    experts = _experts(share.shape[-1], width=300)
+    scale = LOAD._replace(unit="share of a domain ÷ even share")
+    return draw_maps(panels, experts, domains, scale, columns)
 
 
-def save_figure(figure: Figure, path) -> None:
-    """Write a PNG and forget the figure."""
-    figure.savefig(path)
-    plt.close(figure)
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    """Multiples of an even share over the last dimension; NaN where nothing was counted."""
+    mean = counts.mean(-1, keepdims=True)
+    return counts / np.where(mean > 0, mean, np.nan)
+
+
+def _numbered(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
+
+
+def _experts(count: int, width: int = _WIDTH) -> Side:
+    return cells("expert", _numbered(count), cell_pixels(count, width, width))
+
+
+def _layers(layers: tuple[int, ...]) -> Side:
+    # Many layers share the height of twelve, down to eight pixels each.
+    row = max(8, min(_ROW, 12 * _ROW // len(layers)), _LOWEST // len(layers))
+    return cells("layer", [str(layer) for layer in layers], row, upright=True)
+
+
+def _short(name: str) -> str:
+    # The end stays: names of one family differ there.
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
