@@ -10,9 +10,13 @@ import pytest
 import torch
 from matplotlib.colors import TwoSlopeNorm
 
+from moe.measures import co_activation, co_activation_counts
 from train.figures import (
+    bias_map,
+    co_activation_map,
     domain_expert_map,
     load_heat_map,
+    load_history,
     render,
     save_figure,
 )
@@ -21,7 +25,7 @@ DOMAINS = tuple(f"a_domain_of_a_very_long_name_{number}" for number in range(8))
 GREY = (200, 200, 200)
 FRAME = (96, 96, 96)
 EXPERTS = (8, 32, 100)
-HOTTEST_LOAD = (103, 0, 31)
+HOTTEST_LOAD, HOTTEST_BIAS = (103, 0, 31), (127, 59, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -115,26 +119,135 @@ def test_each_cell_of_the_domain_map_has_the_color_of_its_number(num_experts):
 
 
 @pytest.mark.parametrize("num_experts", EXPERTS)
+def test_each_cell_of_the_bias_map_has_the_color_of_its_number(num_experts):
+    bias = torch.randn(4, num_experts, generator=torch.Generator().manual_seed(0)) * 0.003
+    bias = bias.clamp(-0.0058, 0.0058)
+    bias[2, 5] = 0.0058
+    pixels = render(bias_map(bias, (0, 1, 2, 3)))
+    found = cell_colors(pixels, boxes(pixels)[0], 4, num_experts)
+    assert_same_colors(found, expected_colors(bias, "PuOr_r", -0.006, 0, 0.006))
+
+
+@pytest.mark.parametrize("num_experts, top_k", [(8, 2), (32, 4), (100, 8), (256, 8)])
+def test_each_cell_of_the_co_activation_map_has_the_color_of_its_number(num_experts, top_k):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3000, num_experts, generator=generator)
+    scores[:, 1] += scores[:, 6]
+    chosen = scores.topk(top_k, -1).indices.numpy()
+    together = np.zeros((num_experts, num_experts))
+    for token in chosen:
+        together[np.ix_(token, token)] += 1
+    multiple = together / np.diagonal(together)[:, None] * (num_experts - 1) / (top_k - 1)
+
+    given = co_activation(co_activation_counts(torch.from_numpy(chosen), num_experts))
+    pixels = render(co_activation_map(given, 3, top_k))
+    found = cell_colors(pixels, boxes(pixels)[0], num_experts, num_experts)
+    expected = expected_colors(multiple, "RdBu_r", 0, 1, 4)
+    expected[np.arange(num_experts), np.arange(num_experts)] = GREY
+    assert_same_colors(found, expected)
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
+def test_the_history_shows_each_interval_to_scale(num_experts):
+    edges = (100, 110, 120, 170, 180, 300, 500)
+    history = random_counts(6, num_experts)
+    pixels = render(load_history(history, edges, 3))
+    box = boxes(pixels)[0]
+    width = box[2] - box[0]
+    expected = expected_colors(share_of(history), "RdBu_r", 0, 1, 4)  # (intervals, E)
+    by_pixel = cell_colors(pixels, box, num_experts, width)  # (E, width)
+    for index, (begin, end) in enumerate(itertools.pairwise(edges)):
+        first, last = ((at - 100) / 400 * width for at in (begin, end))
+        for x in (round(first), round((first + last) / 2), round(last) - 1):
+            assert_same_colors(by_pixel[:, x], expected[index])
+
+
+@pytest.mark.parametrize("num_experts", EXPERTS)
 def test_the_hottest_expert_is_the_hottest_cell_of_the_png(num_experts, tmp_path):
     for layer, expert in itertools.product(range(4), (0, 3, num_experts - 1)):
         counts = torch.full((4, num_experts), 10)
         counts[layer, expert] = 1000
+        bias = torch.zeros(4, num_experts)
+        bias[layer, expert] = 0.02
         for picture, color in (
             (load_heat_map(counts, (0, 1, 2, 3)), HOTTEST_LOAD),
             (domain_expert_map(counts.unsqueeze(1), DOMAINS[:4], (7,)), HOTTEST_LOAD),
+            (bias_map(bias, (0, 1, 2, 3)), HOTTEST_BIAS),
         ):
             save_figure(picture, tmp_path / "picture.png")
             pixels = np.rint(plt.imread(tmp_path / "picture.png")[..., :3] * 255).astype(np.uint8)
             box = boxes(pixels)[0]
             assert hot_box(pixels, box, color) == cell_box(box, layer, 4, expert, num_experts)
+        pixels = render(load_history(counts, (0, 5, 10, 15, 20), layer))
+        box = boxes(pixels)[0]
+        expected = cell_box(box, expert, num_experts, layer, 4)
+        assert hot_box(pixels, box, HOTTEST_LOAD) == expected
+
+
+@pytest.mark.parametrize("num_experts", (8, 32, 100, 256))
+def test_the_closest_pair_is_the_hottest_cell(num_experts):
+    given = torch.full((num_experts, num_experts), 1 / (num_experts - 1)).fill_diagonal_(1)
+    given[1, num_experts - 2] = 1
+    pixels = render(co_activation_map(given, 0, 2))
+    box = boxes(pixels)[0]
+    expected = cell_box(box, 1, num_experts, num_experts - 2, num_experts)
+    assert hot_box(pixels, box, HOTTEST_LOAD) == expected
+
+
+def test_more_intervals_than_pixels_are_counted_together():
+    """An expert that only gets tokens in every tenth interval has a tenth of an even share."""
+    history = torch.full((20_000, 4), 10)
+    history[:, 2] = 0
+    history[::10, 2] = 10
+    pixels = render(load_history(history, tuple(range(20_001)), 0))
+    colors = cell_colors(pixels, boxes(pixels)[0], 4, 37)
+    share = torch.tensor([1, 1, 0.1, 1]) / 3.1 * 4
+    expected = expected_colors(share[:, None].expand(4, 37), "RdBu_r", 0, 1, 4)
+    assert_same_colors(colors, expected)
+
+
+def test_no_interval_is_lost_where_several_share_the_last_pixel():
+    history = torch.tensor([[10, 10], [0, 10], [10, 20]])
+    pixels = render(load_history(history, (0, 100_000, 100_001, 100_002), 0))
+    colors = cell_colors(pixels, boxes(pixels)[0], 2, 400)
+    assert_same_colors(colors[:, -2], expected_colors([1, 1], "RdBu_r", 0, 1, 4))
+    assert_same_colors(colors[:, -1], expected_colors([0.5, 1.5], "RdBu_r", 0, 1, 4))
+
+
+@pytest.mark.parametrize("edges", [(0,), (0, 1), (0, 1, 1), (0, 2, 1), (0, 1, 2, 3)])
+def test_a_history_needs_rising_edges_of_its_intervals(edges):
+    with pytest.raises(ValueError, match=f"2 intervals and {len(edges)} edges"):
+        load_history(torch.ones(2, 4), edges, 0)
+    with pytest.raises(ValueError, match="0 intervals"):
+        load_history(torch.ones(0, 4), (0,), 0)
+
+
+@pytest.mark.parametrize("edges", [(0, 10, 2000), (19_990, 20_020, 20_100), (3, 4), (7, 999_999)])
+def test_steps_stand_at_their_place(edges):
+    figure = load_history(torch.ones(len(edges) - 1, 4), edges, 0)
+    left, _, right, bottom = boxes(render(figure))[0]
+    height = figure.canvas.get_width_height()[1]
+    below = [text for text in figure.texts if text.get_text().isdigit()]
+    extents = {text: text.get_window_extent() for text in below}
+    steps = [text for text in below if 0 < height - extents[text].y0 - bottom < 25]
+    assert len(steps) >= 2
+    for text in steps:
+        place = left + (int(text.get_text()) - edges[0]) / (edges[-1] - edges[0]) * (right - left)
+        middle = (extents[text].x0 + extents[text].x1) / 2
+        assert abs(middle - place) < 2, (text.get_text(), middle, place)
 
 
 def draw_all(layers: int, experts: int, domains: int, intervals: int, fill=torch.ones) -> dict:
     """Every picture of such numbers, by name."""
     names, blocks = DOMAINS[:domains], tuple(range(layers))
+    edges = tuple(7 * number**2 for number in range(intervals + 1))
+    top_k = min(2, experts)
     counts = fill(domains, layers, experts)
     return {
         "load": load_heat_map(fill(layers, experts), blocks),
+        "history": load_history(fill(intervals, experts), edges, 0),
+        "co-activation": co_activation_map(fill(experts, experts), 0, top_k),
+        "bias": bias_map(-0.0012 * fill(layers, experts), blocks),
         "domains": domain_expert_map(counts, names, blocks),
         "domains of a layer": domain_expert_map(counts[:, :1], names, blocks[:1]),
     }
@@ -174,10 +287,56 @@ def test_pictures_fit_a_card_up_to_512_experts_and_96_layers():
 
 def test_what_was_never_counted_is_grey():
     pictures = draw_all(2, 8, 3, 2, fill=torch.zeros)
-    for name in ("load", "domains", "domains of a layer"):
+    for name in ("load", "history", "co-activation", "domains", "domains of a layer"):
         pixels = render(pictures[name])
         for box in boxes(pixels)[:-1]:
             assert (cell_colors(pixels, box, 8, 8) == GREY).all(), name
+    # A bias of zero is a number.
+    pixels = render(pictures["bias"])
+    assert (cell_colors(pixels, boxes(pixels)[0], 2, 8) > 240).all()
+
+
+def test_only_the_expert_that_is_never_chosen_has_a_grey_row():
+    given = torch.full((4, 4), 1 / 3).fill_diagonal_(1)
+    given[2] = given[:, 2] = 0
+    pixels = render(co_activation_map(given, 0, 2))
+    colors = cell_colors(pixels, boxes(pixels)[0], 4, 4)
+    grey = (colors == GREY).all(-1)
+    assert (grey == (np.eye(4, dtype=bool) | (np.arange(4) == 2)[:, None])).all()
+    # That it is never chosen beside another is a number.
+    assert_same_colors(colors[0, 2], expected_colors(0, "RdBu_r", 0, 1, 4))
+
+
+def test_co_activation_of_one_expert_a_token_is_grey():
+    pixels = render(co_activation_map(torch.eye(8), 0, 1))
+    assert (cell_colors(pixels, boxes(pixels)[0], 8, 8) == GREY).all()
+
+
+@pytest.mark.parametrize(
+    "largest, limit",
+    [
+        (0.0, "1"),
+        (0.001, "0.001"),
+        (0.0011, "0.0015"),
+        (0.02, "0.02"),
+        (7.3, "8"),
+        (1.2e-7, "1.5e−07"),
+    ],
+)
+def test_the_bias_has_a_symmetric_range_in_round_numbers(largest, limit):
+    bias = torch.zeros(2, 4)
+    bias[1, 2] = -largest
+    texts = [text.get_text() for text in bias_map(bias, (0, 1)).texts]
+    assert limit in texts and f"−{limit}" in texts
+
+
+def test_a_bias_that_is_no_number_does_not_hide_the_others():
+    bias = torch.tensor([[0.01, torch.nan, torch.inf, -torch.inf]])
+    pixels = render(bias_map(bias, (0,)))
+    colors = cell_colors(pixels, boxes(pixels)[0], 1, 4)[0]
+    assert (colors[0] == colors[2]).all() and (colors[0] == HOTTEST_BIAS).all()
+    assert (colors[1] == GREY).all()
+    assert_same_colors(colors[3], expected_colors(-0.01, "PuOr_r", -0.01, 0, 0.01))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """Pictures of experts, for TensorBoard and files: who gets how much, of what, when, with whom?
 
-Blue is less than an even share and red is more; grey: no number.
+Blue is less than an even share and red is more, in every picture but `bias_map`. Grey: no number.
 """
 
 import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from train.drawing import Panel, Scale, Side, cell_pixels, cells, draw_maps
+from train.drawing import Panel, Scale, Side, cell_pixels, cells, draw_maps, text_width
 from train.drawing import render as render
 from train.drawing import save_figure as save_figure
 
@@ -39,6 +40,86 @@ def load_heat_map(tokens_per_expert: Tensor, layers: tuple[int, ...]) -> Figure:
     """
     panel = Panel("load of each expert", LOAD.colors(_share(_numbers(tokens_per_expert))))
     return draw_maps([panel], _experts(tokens_per_expert.shape[-1]), _layers(layers), LOAD)
+
+
+def load_history(history: Tensor, edges: tuple[int, ...], layer: int) -> Figure:
+    """An expert's load over training, as a multiple of an even share: who dies, who takes over?
+
+    Args:
+        history: (N, E) counts of N consecutive intervals.
+        edges: (N + 1,) optimizer steps: interval i is from edges[i] to edges[i + 1].
+        layer: number of the block.
+    Raises:
+        ValueError: if `edges` are not N + 1 rising numbers, or N is 0.
+    """
+    counts = _numbers(history)
+    if len(counts) == 0 or len(edges) != len(counts) + 1 or (np.diff(edges) <= 0).any():
+        raise ValueError(
+            f"{len(counts)} intervals and {len(edges)} edges: at least one interval is needed, one "
+            "edge more than intervals, and each edge larger than the one before it"
+        )
+    # Each interval begins at a whole pixel. Those that begin at the same one are counted together.
+    edge = np.asarray(edges, dtype=float)
+    begin = np.rint((edge[:-1] - edge[0]) / (edge[-1] - edge[0]) * _WIDTH).astype(int)
+    begin, first = np.unique(np.minimum(begin, _WIDTH - 1), return_index=True)
+    share = _share(np.add.reduceat(counts, first, axis=0))  # (at most _WIDTH, E)
+    widths = np.diff(begin, append=_WIDTH)
+    colors = np.repeat(LOAD.colors(share.T), widths, axis=1)  # (E, _WIDTH, 4)
+
+    most = int(_WIDTH // (text_width(str(edges[-1])) + 16))
+    ticks = MaxNLocator(min(most, 8), steps=[1, 2, 5, 10], integer=True).tick_values(
+        edges[0], edges[-1]
+    )
+    labels = {at: str(round(at)) for at in ticks if edges[0] <= at <= edges[-1]}
+    steps = Side("optimizer step", _WIDTH, edges[0], edges[-1], labels)
+    rows = counts.shape[-1]
+    cell = max(cell_pixels(rows, _WIDTH, _ROW), _LOWEST // rows)
+    experts = cells("expert", _numbered(rows), cell, upright=True)
+    return draw_maps([Panel(f"layer {layer}: load over training", colors)], steps, experts, LOAD)
+
+
+def co_activation_map(co_activation: Tensor, layer: int, top_k: int) -> Figure:
+    """Which experts are chosen together? P(j | i) as a multiple of chance, (K - 1) / (E - 1).
+
+    Each row i has the mean 1 over j != i, whatever E and K are, so that steps and runs compare.
+    Grey: the diagonal, which is 1 by definition, experts never chosen, and all of it with top_k 1.
+
+    Args:
+        co_activation: (E, E) P(j | i), as `moe.measures.co_activation` returns it.
+        layer: number of the block. top_k: experts a token.
+    """
+    given = _numbers(co_activation).copy()
+    num_experts = len(given)
+    chance = (top_k - 1) / max(1, num_experts - 1)
+    given[np.diagonal(given) == 0] = np.nan
+    np.fill_diagonal(given, np.nan)
+    multiple = given / chance if chance > 0 else np.full_like(given, np.nan)
+    labels = {**LOAD.labels, 1: "chance"}
+    scale = LOAD._replace(labels=labels, unit=f"P(j | i) ÷ chance, (K−1)/(E−1) = {chance:.2g}")
+    names = _numbered(num_experts)
+    cell = cell_pixels(num_experts, _WIDTH, _WIDTH)
+    chosen = cells("chosen: expert i", names, cell, upright=True)
+    also = cells("also chosen: expert j", names, cell)
+    panel = Panel(f"layer {layer}: experts chosen together", scale.colors(multiple))
+    return draw_maps([panel], also, chosen, scale)
+
+
+def bias_map(bias: Tensor, layers: tuple[int, ...]) -> Figure:
+    """The bias that loss-free balancing adds to an expert's score when choosing: one row a layer.
+
+    Orange raises an expert's chance to be chosen, purple lowers it. The colours end at the largest
+    absolute bias, rounded up.
+
+    Args:
+        bias: (L, E) `expert_bias` of the routers. layers: (L,) numbers of the blocks.
+    """
+    numbers = _numbers(bias)
+    limit = _round_up(float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)))
+    ticks = (-limit, -limit / 2, 0.0, limit / 2, limit)
+    labels = {at: f"{at:.2g}".replace("-", "−") for at in ticks}
+    scale = Scale("PuOr_r", -limit, 0.0, limit, labels, "bias, added to the scores when choosing")
+    panel = Panel("router bias of each expert", scale.colors(numbers))
+    return draw_maps([panel], _experts(numbers.shape[-1]), _layers(layers), scale)
 
 
 def domain_expert_map(
@@ -84,6 +165,16 @@ def _layers(layers: tuple[int, ...]) -> Side:
     # Many layers share the height of twelve, down to eight pixels each.
     row = max(8, min(_ROW, 12 * _ROW // len(layers)), _LOWEST // len(layers))
     return cells("layer", [str(layer) for layer in layers], row, upright=True)
+
+
+def _round_up(number: float) -> float:
+    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15 ... and all decades; 1 for 0."""
+    if number <= 0:
+        return 1.0
+    exponent = math.floor(math.log10(number))
+    # A float32 may be a little larger than the number that was meant.
+    leading = number / 10.0**exponent * (1 - 1e-6)
+    return next(step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step >= leading) * 10.0**exponent
 
 
 def _short(name: str) -> str:
