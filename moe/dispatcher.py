@@ -13,6 +13,7 @@ one, without a capacity, padding or a dropped token.
     unpermute       sum over K, weighted by the router
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,7 @@ def expert_parallel_dispatch(
     *,
     backend: str = "auto",
     meanwhile: Callable[[], Tensor] | None = None,
+    waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Tensor:
     """Send tokens to the ranks that hold their experts, and sum what comes back.
 
@@ -75,6 +77,7 @@ def expert_parallel_dispatch(
         backend: of the kernels.
         meanwhile: computes a further (T, D) that is added to the result, from tokens that stay
             here, such as shared experts: called while the rows travel, and likewise backward.
+        waiting: a block in which other ranks are waited for, so that one can time it.
     Returns:
         (T, D).
     Raises:
@@ -92,11 +95,12 @@ def expert_parallel_dispatch(
     theirs = torch.empty_like(ours)  # (E,): from rank 0 to each of our experts, from rank 1, ...
     counting = dist.all_to_all_single(theirs, ours, group=group, async_op=True)
     rows = permute(x, plan)  # (R, D), while the counts are under way
-    counting.wait()
+    with waiting():
+        counting.wait()
     send, receive = torch.stack([ours, theirs]).view(2, size, -1).sum(-1).tolist()
     # Rows without an assignment stay here; no token asks for them.
     staying = plan.num_rows - sum(send)
-    there = _Exchange(send, receive, group)
+    there = _Exchange(send, receive, group, waiting)
     arrived = _Depart.apply(rows[: sum(send)] if staying else rows, there)
     beside = None if meanwhile is None else meanwhile()
     arrived = _Arrive.apply(arrived, there)
@@ -106,7 +110,7 @@ def expert_parallel_dispatch(
     local_plan = plan_dispatch(expert_of_row.unsqueeze(-1), num_local)
     ones = routing.topk_weights.new_ones(sum(receive), 1)
     done = _apply_experts(experts, arrived, local_plan, ones, backend)
-    home = _Exchange(receive, send, group)
+    home = _Exchange(receive, send, group, waiting)
     back = _Arrive.apply(_Depart.apply(done, home), home)
     if staying:
         back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
@@ -117,8 +121,14 @@ def expert_parallel_dispatch(
 class _Exchange:
     """Rows (R, D) to the ranks of a group, send[i] of them to rank i; gradients the other way."""
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup):
-        self.send, self.receive, self.group = send, receive, group
+    def __init__(
+        self,
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]],
+    ):
+        self.send, self.receive, self.group, self.waiting = send, receive, group, waiting
         self._under_way: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
@@ -135,7 +145,8 @@ class _Exchange:
     def wait(self) -> Tensor:
         assert self._under_way is not None
         work, _, arrived = self._under_way
-        work.wait()
+        with self.waiting():
+            work.wait()
         self._under_way = None
         return arrived
 

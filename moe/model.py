@@ -47,7 +47,9 @@ class ModelOutput(NamedTuple):
 
     loss () to differentiate; lm_loss () nats per token of this pass; lm_z_loss () the mean squared
     logsumexp of the head, if `model.lm_z_loss_weight` is set; num_labels () counted labels;
-    aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers;
+    aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers; aux_share
+    () this pass's share of the step's tokens, and aux_coefficients () each, what each of the losses
+    was multiplied by in `loss`;
     logits (B, S, V); routings, one a routed layer; caches, one a block.
     """
 
@@ -59,6 +61,8 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None
     routings: tuple[Routing, ...]
     caches: tuple[KVCache, ...]
+    aux_share: Tensor | None = None
+    aux_coefficients: tuple[Tensor, ...] = ()
 
 
 class TransformerBlock(nn.Module):
@@ -297,23 +301,27 @@ class MoETransformer(nn.Module):
     ) -> ModelOutput:
         """Add the losses; with totals, `loss` is this pass's share of the step's."""
         loss = lm.loss
-        aux_share: float | Tensor = 1.0
+        aux_share = torch.ones_like(loss)
         if totals is not None:
             # At least 1: a step may have no label at all. A quotient of integers would be float32.
             loss = loss * (lm.num_tokens.to(loss.dtype) / totals.num_labels.clamp(min=1))
             if output.routings:
                 num_tokens = output.routings[0].num_tokens.to(loss.dtype)
                 aux_share = num_tokens / totals.num_tokens.clamp(min=1)
+        coefficients = []
         for config, value in zip(self.config.moe.losses, output.aux_losses, strict=False):
             weight = config.weight  # type: ignore[attr-defined]
+            coefficients.append(weight * aux_share)
             if weight:
-                loss = loss + weight * aux_share * value
+                loss = loss + coefficients[-1] * value
         z_weight = self.config.lm_z_loss_weight
         return output._replace(
             loss=loss,
             lm_loss=(lm.loss - lm.z_loss).detach(),
             lm_z_loss=lm.z_loss / z_weight if z_weight else None,
             num_labels=lm.num_tokens,
+            aux_share=aux_share,
+            aux_coefficients=tuple(coefficients),
         )
 
 

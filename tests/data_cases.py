@@ -75,5 +75,5 @@ def synthetic(lengths: dict[str, int], weights=None) -> SimpleNamespace:
 
 
 def equal(one, other) -> bool:
-    """Whether two batches have the same tensors."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    """Whether two batches, or lists of their four tensors, are the same."""
+    return all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))

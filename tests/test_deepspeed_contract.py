@@ -23,6 +23,7 @@ from train.config import RunConfig
 from train.packing import Batch, TrainLoader
 from train.ranks import Ranks
 from train.step import batch_totals, read_step
+from train.work_clock import WorkClock
 
 SETTINGS = {
     "model.moe.router": {"name": "topk"},
@@ -113,7 +114,7 @@ def check_groups(problems: Problems) -> None:
         with problems.of(
             "deepspeed.utils.groups", f"groups of {size} neighbours, and of those between"
         ):
-            groups = ExpertGroups(size, TIMEOUT_MINUTES)
+            groups = ExpertGroups(size, TIMEOUT_MINUTES, WorkClock("cpu"))
             assert dist.get_process_group_ranks(groups.group) == peers
             assert dist.get_process_group_ranks(groups.data_group) == same
             assert groups.rank == rank % size

@@ -20,7 +20,7 @@ def test_a_packed_row_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, END, 7, END, END], [1, 2, 3, 4, 5, 6]]
     assert batch.labels.tolist() == [[6, END, -100, END, -100, -100], [2, 3, 4, 5, 6, END]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0] * 6]
-    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.int32, torch.int64]
+    assert [t.dtype for t in batch[:4]] == [torch.int64, torch.int64, torch.int32, torch.int64]
 
 
 def test_labels_never_cross_documents(corpus):
@@ -58,14 +58,15 @@ def test_any_split_of_a_step_reads_the_global_batch(corpus, split):
         for loader, count in zip(loaders, split, strict=True):
             parts.append(loader.batch(first, count))
             first += count
-        assert equal([torch.cat(tensors) for tensors in zip(*parts, strict=True)], whole[step])
+        tensors = zip(*(part[:4] for part in parts), strict=True)
+        assert equal([torch.cat(each) for each in tensors], whole[step])
 
 
 def test_a_position_is_one_number(corpus):
     ahead = TrainLoader(corpus, 64, seed=3)
     for first in range(0, 5000, 500):
         ahead.batch(first, 8)
-    tail = [tensor[3:] for tensor in ahead.batch(5000, 8)]
+    tail = [tensor[3:] for tensor in ahead.batch(5000, 8)[:4]]
     assert equal(TrainLoader(corpus, 64, seed=3).batch(5003, 5), tail)
 
 

@@ -1,18 +1,22 @@
 """What stands in TensorBoard, read back and computed again another way."""
 
 import errno
+import io
 import math
 import re
 import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from training_cases import (
     EVALUATE_EVERY,
@@ -30,9 +34,21 @@ from training_cases import (
 )
 
 import train.pretrain
+from moe.routing import make_routing
 from train.checkpoint import load_checkpoint
 from train.engine import load_model
-from train.metrics import WINDOW_STEPS, LoadWindow, MetricsWriter
+from train.figures import load_heat_map, render
+from train.metrics import (
+    HISTORY_INTERVALS,
+    NORM_GROUPS,
+    WINDOW_STEPS,
+    LoadHistory,
+    LoadWindow,
+    norm_group,
+    routing_sums,
+)
+from train.metrics_writer import MetricsWriter, StepFacts
+from train.probe import ProbeRoutes
 from train.step import train_step
 
 # Without noise, so that a forward pass of the test chooses what the run chose.
@@ -72,59 +88,99 @@ def logged(tmp_path_factory):
     return run_dir, read(run_dir), recorder.steps
 
 
+# By layer; over layers in `health/` under the second name, else as `.../all_layers`.
+BY_LAYER = {
+    "load/max_violation": "health/max_violation",
+    "load/max_violation_window": "health/max_violation_window",
+    "load/effective_experts": "health/effective_experts",
+    "load/dead_experts": "health/dead_experts",
+    "load/starved_experts": "health/starved_experts",
+    "load/dropped_percent": "health/dropped_percent",
+    "load/tokens_per_expert_min": None,
+    "load/tokens_per_expert_max": None,
+    "load/coefficient_of_variation": None,
+    "load/gini": None,
+    "router/entropy": "health/router_entropy",
+    "router/confidence": None,
+    "router/margin": None,
+    "router/logit_norm": None,
+    "router/logsumexp": None,
+    "router/logit_max": "health/logit_max",
+    "router/bias_range": None,
+    "router/overlap_with_last_evaluation": None,
+    "specialisation/domain_information": None,
+    "specialisation/domain_information_shuffled": None,
+    "specialisation/domain_divergence": None,
+    "specialisation/repeat_rate": None,
+}
+EVALUATED = [*range(EVALUATE_EVERY, NUM_STEPS + 1, EVALUATE_EVERY), NUM_STEPS]
+
+
+def tag_of(measure, layer):
+    return f"{measure}/layer{layer:02d}"
+
+
 def test_the_tags_are_these_and_no_others(logged):
     _, events, _ = logged
-    layers = [f"layer{layer:02d}" for layer in LAYERS]
-    by_layer = [
-        "max_violation",
-        "router_entropy",
-        "dead_experts",
-        "tokens_per_expert_min",
-        "tokens_per_expert_max",
-        "domain_expert_information",
-        "domain_expert_information_shuffled",
-    ]
     tags = events.Tags()
-    assert set(tags["scalars"]) == {
-        "loss/lm",
+    layered = {tag_of(measure, layer) for measure in BY_LAYER for layer in LAYERS}
+    over_layers = {tag or f"{measure}/all_layers" for measure, tag in BY_LAYER.items()}
+    assert set(tags["scalars"]) == layered | over_layers | {
+        "health/alarms",
+        "health/gradient_norm",
+        "health/lm_loss",
         "loss/load_balancing",
+        "loss/load_balancing_coefficient",
         "loss/router_z_loss",
-        "loss_weight/load_balancing",
-        "loss_weight/router_z_loss",
+        "loss/router_z_loss_coefficient",
+        "norm/gradient_dense",
+        "norm/gradient_experts",
+        "norm/gradient_router",
+        "norm/weight_dense",
+        "norm/weight_experts",
+        "norm/weight_router",
         "optimizer/learning_rate",
-        "optimizer/gradient_norm",
+        "speed/memory_gib",
+        "speed/step_time_ms",
         "speed/tokens_per_second",
         "validation/mean_loss",
         "validation/prose",
         "validation/sums",
-    } | {f"{name}/{layer}" for name in by_layer for layer in layers}
-    assert set(tags["images"]) == {"experts/load"} | {f"domains/{layer}" for layer in layers}
-    assert set(tags["histograms"]) == {f"load_share/{layer}" for layer in layers}
-    assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    }
+    pictures = ("load/history", "specialisation/domains", "specialisation/co_activation")
+    by_layer = {tag_of(name, layer) for name in pictures for layer in LAYERS}
+    assert set(tags["images"]) == {"load/heat_map", "router/bias"} | by_layer
+    spreads = ("load/share", "router/logits")
+    assert set(tags["histograms"]) == {tag_of(name, layer) for name in spreads for layer in LAYERS}
+    texts = {tag for tag in tags["tensors"] if tag.endswith("/text_summary")}
+    assert texts == {"config/text_summary", "samples/text_summary"} | {
+        f"{tag_of('specialisation/top_tokens', layer)}/text_summary" for layer in LAYERS
+    }
 
 
-def test_the_readme_explains_each_tag_and_no_other(logged):
+def test_the_glossary_explains_each_tag_and_no_other(logged):
     _, events, _ = logged
-    section = (ROOT / "README.md").read_text().split("## Read TensorBoard")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    # `name/…` and `name/layer00` stand for all tags below name.
-    rows = [
-        re.sub(r"/(…|layer00)$", "/", name)
-        for cell in cells
-        for name in re.findall("`(.*?)`", cell)
-    ]
+    glossary = (ROOT / "moe" / "GLOSSARY.md").read_text()
+    cells = [line.split("|")[1] for line in glossary.splitlines() if line.startswith("| `")]
+    rows = [name for cell in cells for name in re.findall("`(.*?)`", cell)]
+    # Written only with an alarm, on a GPU, over ranks.
+    elsewhere = {"alarms", "speed/mfu", "speed/slowest_rank_share"}
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
     tags += [
         tag.removesuffix("/text_summary")
         for tag in events.Tags()["tensors"]
         if not tag.startswith("custom_scalars")
     ]
-
-    def explains(row: str, tag: str) -> bool:
-        return tag.startswith(row) if row.endswith("/") else tag == row
-
-    assert [tag for tag in tags if not any(explains(row, tag) for row in rows)] == []
-    assert [row for row in rows if not any(explains(row, tag) for tag in tags)] == []
+    plain = {re.sub(r"/(layer\d+|all_layers)$", "", tag) for tag in tags}
+    plain = {"loss/NAME_coefficient" if t.endswith("_coefficient") else t for t in plain}
+    plain = {
+        "loss/NAME" if t in ("loss/load_balancing", "loss/router_z_loss") else t for t in plain
+    }
+    plain = {
+        "validation/DOMAIN" if t in ("validation/prose", "validation/sums") else t for t in plain
+    }
+    assert sorted(rows) == sorted(plain | elsewhere)
+    assert "moe/GLOSSARY.md" in (ROOT / "README.md").read_text()
 
 
 def test_scalars_of_a_step_are_what_the_step_returned(logged):
@@ -133,76 +189,229 @@ def test_scalars_of_a_step_are_what_the_step_returned(logged):
     loss_weights = {loss.name: loss.weight for loss in config.model.moe.losses}
     for metrics in steps:
         for tag, expected in {
-            "loss/lm": metrics.lm_loss,
+            "health/lm_loss": metrics.lm_loss,
             "optimizer/learning_rate": metrics.learning_rate,
-            "optimizer/gradient_norm": metrics.gradient_norm,
+            "health/gradient_norm": metrics.gradient_norm,
             **{f"loss/{name}": value for name, value in metrics.aux_losses.items()},
-            **{f"loss_weight/{name}": weight for name, weight in loss_weights.items()},
+            **{f"loss/{name}_coefficient": weight for name, weight in loss_weights.items()},
         }.items():
             assert values(events, tag)[metrics.step] == pytest.approx(expected, rel=1e-6), tag
     assert loss_weights == {"load_balancing": 0.01, "router_z_loss": 0.001}
 
 
-def test_loads_are_those_of_the_step_computed_again_from_its_checkpoint(logged):
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def load_by_hand(load, window):
+    """Measures of one layer's counts in plain Python, exact where they are counts."""
+    mean = sum(load) / len(load)
+    shares = [count / sum(load) for count in load]
+    differences = sum(abs(a - b) for a in load for b in load)
+    return {
+        "load/max_violation": max(load) / mean - 1,
+        "load/max_violation_window": max(window) / (sum(window) / len(window)) - 1,
+        "load/effective_experts": math.exp(-sum(p * math.log(p) for p in shares if p)),
+        "load/dead_experts": window.count(0),
+        "load/starved_experts": sum(c < 0.1 * sum(window) / len(window) for c in window),
+        "load/dropped_percent": 0,
+        "load/tokens_per_expert_min": min(load),
+        "load/tokens_per_expert_max": max(load),
+        "load/coefficient_of_variation": math.sqrt(sum((c - mean) ** 2 for c in load) / 4) / mean,
+        "load/gini": differences / (2 * len(load) ** 2 * mean),
+    }
+
+
+def router_by_hand(logits):
+    """Measures of one layer's (T, E) logits, top-2, softmax."""
+    p = softmax(logits)
+    ranked = np.sort(p, -1)[:, ::-1]
+    return {
+        "router/entropy": -(p * np.log(p)).sum(-1).mean() / math.log(p.shape[-1]),
+        "router/confidence": ranked[:, 0].mean(),
+        "router/margin": (ranked[:, 1] - ranked[:, 2]).mean(),
+        "router/logit_norm": np.sqrt((logits**2).sum(-1)).mean(),
+        "router/logsumexp": np.log(np.exp(logits).sum(-1)).mean(),
+        "router/logit_max": np.abs(logits).max(),
+    }
+
+
+OVER = {"min": min, "max": max, "sum": sum, "mean": lambda v: sum(v) / len(v)}
+OVER_LAYERS = {
+    "load/effective_experts": "min",
+    "load/tokens_per_expert_min": "min",
+    "load/dead_experts": "sum",
+    "load/starved_experts": "sum",
+    "router/entropy": "mean",
+    "router/confidence": "mean",
+    "router/margin": "mean",
+    "router/logit_norm": "mean",
+    "router/logsumexp": "mean",
+}
+
+
+def test_measures_are_those_of_the_routes_computed_again_from_checkpoints(logged):
     run_dir, events, _ = logged
     config = make_config(run_dir, LOGGED)
     engine = make_engine(config)
-    window = np.zeros((2, 4))
+    loads = []
+    for step in range(NUM_STEPS):
+        if step:
+            found = load_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}")
+            load_model(engine.model, found.tensors["model"])
+        outputs = [engine(batch) for batch in micro_batches(config, step)]
+        routes = [torch.cat([o.routings[i].topk_indices for o in outputs]) for i in (0, 1)]
+        loads.append([[int((r == e).sum()) for e in range(4)] for r in routes])
+        by_layer = []
+        for index in (0, 1):
+            logits = torch.cat([o.routings[index].router_logits for o in outputs]).detach()
+            window = [sum(load[index][e] for load in loads) for e in range(4)]
+            measures = load_by_hand(loads[-1][index], window)
+            by_layer.append(measures | router_by_hand(logits.double().numpy()))
+        assert sum(loads[-1][0]) == 4 * 16 * 2
+        for name in by_layer[0]:
+            exact = name.rpartition("_")[2] in ("min", "max", "experts") and "logit" not in name
+            exact = exact and "effective" not in name
+            for index, layer in enumerate(LAYERS):
+                expected, got = by_layer[index][name], values(events, tag_of(name, layer))[step + 1]
+                assert got == (expected if exact else pytest.approx(expected, rel=1e-4, abs=1e-6))
+            over = OVER[OVER_LAYERS.get(name, "max")]([each[name] for each in by_layer])
+            tag = BY_LAYER[name] or f"{name}/all_layers"
+            assert values(events, tag)[step + 1] == pytest.approx(over, rel=1e-4, abs=1e-6), tag
+
+
+def test_biases_and_norms_are_those_of_the_checkpoints(logged):
+    run_dir, events, _ = logged
     for step in range(1, NUM_STEPS):
-        found = load_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}")
-        load_model(engine.model, found.tensors["model"])
-        load, entropies = np.zeros((2, 4), dtype=int), np.zeros(2)
-        batches = micro_batches(config, step)
-        for batch in batches:
-            output = engine(batch)
-            for index, routing in enumerate(output.routings):
-                for chosen in routing.topk_indices.flatten().tolist():
-                    load[index, chosen] += 1
-                p = routing.router_probs.detach().double().numpy()
-                entropies[index] += -(p * np.log(p)).sum(1).mean() / math.log(4) / len(batches)
-        window += load
-        assert load.sum(1).tolist() == [4 * 16 * 2] * 2
-        for index, layer in enumerate(LAYERS):
-            row = load[index].tolist()
-            by_hand = {
-                "max_violation": max(row) / (sum(row) / 4) - 1,
-                "tokens_per_expert_min": min(row),
-                "tokens_per_expert_max": max(row),
-                "router_entropy": entropies[index],
-            }
-            for name, expected in by_hand.items():
-                found_value = values(events, f"{name}/layer{layer:02d}")[step + 1]
-                assert found_value == pytest.approx(expected, rel=1e-4), (name, step)
+        weights = load_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}").tensors["model"]
+        squares = dict.fromkeys(("router", "experts", "dense"), 0.0)
+        for name, value in weights.items():
+            if "expert_bias" in name:
+                continue
+            group = (
+                "experts" if ".experts." in name else "router" if ".router." in name else "dense"
+            )
+            squares[group] += float(value.double().square().sum())
+        for group, square in squares.items():
+            # The weights of step n + 1 are those that step n has left.
+            logged_norm = values(events, f"norm/weight_{group}")[step + 1]
+            assert logged_norm == pytest.approx(math.sqrt(square), rel=1e-5), group
+        parts = [values(events, f"norm/gradient_{group}")[step] ** 2 for group in squares]
+        whole = values(events, "health/gradient_norm")[step]
+        assert math.sqrt(sum(parts)) == pytest.approx(whole, rel=1e-5)
+        for layer in LAYERS:
+            bias = weights[f"blocks.{layer}.feed_forward.router.expert_bias"]
+            spread = float(bias.max() - bias.min())
+            assert values(events, tag_of("router/bias_range", layer))[step] == pytest.approx(spread)
 
 
-def test_load_histograms_are_shares_of_the_window(logged):
-    _, events, steps = logged
+def test_gradient_norms_tell_router_experts_and_the_rest_apart(tmp_path):
+    config = make_config(tmp_path)
+    engine = make_engine(config)
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    layer = engine.model.blocks[0].feed_forward
+    layer.router.weight.grad[0, 0] = 3.0
+    layer.router.weight.grad[1, 0] = 4.0
+    layer.experts.w2.grad[1, 0, 0] = 2.0
+    engine.model.head.weight.grad[0, 0] = 7.0
+    assert engine.norms(gradients=True).tolist() == pytest.approx([5, 2, 7])
+    assert NORM_GROUPS == ("router", "experts", "dense")
+    assert norm_group("blocks.0.feed_forward.shared_experts.w1.weight") == "dense"
+
+
+def test_histograms_are_of_the_window_and_of_all_logits(logged):
+    run_dir, events, steps = logged
     window = sum(metrics.tokens_per_expert for metrics in steps[:4]).numpy()
+    config = make_config(run_dir, LOGGED)
+    engine = make_engine(config)
+    load_model(
+        engine.model, load_checkpoint(run_dir / "checkpoints/step_00000003").tensors["model"]
+    )
+    outputs = [engine(batch) for batch in micro_batches(config, 3)]
     for index, layer in enumerate(LAYERS):
-        first = events.Histograms(f"load_share/layer{layer:02d}")[0]
+        first = events.Histograms(tag_of("load/share", layer))[0]
         share = window[index] / window[index].mean()
         assert first.step == 4 and first.histogram_value.num == 4
         assert first.histogram_value.sum == pytest.approx(4)
         assert first.histogram_value.max == pytest.approx(share.max(), rel=1e-6)
         assert first.histogram_value.min == pytest.approx(share.min(), rel=1e-6)
+        logits = torch.cat([o.routings[index].router_logits for o in outputs]).detach().numpy()
+        found = events.Histograms(tag_of("router/logits", layer))[0].histogram_value
+        counts, edges = np.histogram(logits, bins=128, range=(-16, 16))
+        assert list(found.bucket) == counts.tolist() and sum(counts) == 4 * 16 * 4
+        assert list(found.bucket_limit) == pytest.approx(edges[1:].tolist())
+
+
+def test_logits_beyond_the_bounds_and_padding_in_the_histogram():
+    logits = torch.tensor([[-99.0, 99.0, 16.0], [0.1, -0.1, math.nan], [5.0, 5.0, 5.0]])
+    valid = torch.tensor([True, True, False])
+    routing = make_routing(
+        logits, logits, torch.ones(3, 1), torch.zeros(3, 1).long(), valid, num_dropped=None
+    )
+    counts = routing_sums((routing,), torch.device("cpu"), detail=True).logit_counts[0]
+    assert counts.sum() == 5
+    assert (counts[0], counts[-1], counts[63], counts[64]) == (1, 2, 1, 1)
 
 
 def test_evaluations_pictures_and_texts_are_at_their_steps(logged):
     _, events, _ = logged
-    evaluated = [*range(EVALUATE_EVERY, NUM_STEPS + 1, EVALUATE_EVERY), NUM_STEPS]
-    for tag in ("validation/mean_loss", "validation/prose", "domain_expert_information/layer01"):
-        assert list(values(events, tag)) == evaluated
+    for tag in ("validation/mean_loss", "validation/prose", "specialisation/repeat_rate/layer01"):
+        assert list(values(events, tag)) == EVALUATED
     mean = values(events, "validation/mean_loss")
     prose, sums = values(events, "validation/prose"), values(events, "validation/sums")
-    assert all(mean[s] == pytest.approx((prose[s] + sums[s]) / 2, rel=1e-6) for s in evaluated)
-    assert [image.step for image in events.Images("experts/load")] == [4, 8]
-    assert [image.step for image in events.Images("domains/layer01")] == evaluated
-    assert all(i.encoded_image_string.startswith(b"\x89PNG") for i in events.Images("experts/load"))
+    assert all(mean[s] == pytest.approx((prose[s] + sums[s]) / 2, rel=1e-6) for s in EVALUATED)
+    for tag, steps in {
+        "load/heat_map": [4, 8],
+        "router/bias": [4, 8],
+        "load/history/layer01": EVALUATED,
+        "specialisation/domains/layer01": EVALUATED,
+        "specialisation/co_activation/layer02": EVALUATED,
+    }.items():
+        pictures = events.Images(tag)
+        assert [image.step for image in pictures] == steps
+        assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in pictures)
     samples = events.Tensors("samples/text_summary")
-    assert [sample.step for sample in samples] == evaluated
+    assert [sample.step for sample in samples] == EVALUATED
     assert b"sample: 'moss" in samples[0].tensor_proto.string_val[0]
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "learning_rate: 0.02" in config and "hidden_size: 16" in config
+    tokens = events.Tensors("specialisation/top_tokens/layer01/text_summary")[-1]
+    table = tokens.tensor_proto.string_val[0].decode()
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["0", "1", "2", "3"]
+
+
+def test_routes_of_the_probe_are_compared_between_evaluations(logged):
+    run_dir, events, _ = logged
+    probe = ProbeRoutes(run_dir / "probe_routes")
+    assert probe.steps() == EVALUATED
+    for before, step in pairwise(EVALUATED):
+        old, new = probe.read(before).numpy(), probe.read(step).numpy()
+        assert new.shape == old.shape and new.shape[1:] == (2, 2)
+        for index, layer in enumerate(LAYERS):
+            same = [len(set(a) & set(b)) for a, b in zip(old[:, index], new[:, index], strict=True)]
+            tag = tag_of("router/overlap_with_last_evaluation", layer)
+            assert values(events, tag)[step] == pytest.approx(sum(same) / (2 * len(same)))
+    first = values(events, "router/overlap_with_last_evaluation/layer01")
+    assert list(first) == EVALUATED[1:]
+
+
+def test_hyper_parameters_stand_beside_the_validation_loss(logged):
+    _, events, _ = logged
+    contents = events.PluginTagToContent("hparams")
+    assert set(contents) == {
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }
+    start = HParamsPluginData.FromString(contents["_hparams_/session_start_info"])
+    found = start.session_start_info.hparams
+    assert found["optimizer.learning_rate"].number_value == 0.02
+    assert found["model.moe.router.name"].string_value == "topk"
+    assert found["model.attention.window"].string_value == "none"
+    experiment = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["validation/mean_loss"]
 
 
 def test_dead_experts_are_those_without_a_token_in_the_window():
@@ -215,6 +424,39 @@ def test_dead_experts_are_those_without_a_token_in_the_window():
     # The first step has left the window, the second has not.
     assert total.tolist() == [[1 + 2 * 99, 0, 7, 2 * 99]]
     assert window.add(torch.tensor([[2, 0, 0, 2]])).tolist() == [[200, 0, 0, 200]]
+
+
+def test_the_history_has_every_step_in_a_bounded_number_of_equal_intervals():
+    history, restored = LoadHistory(), LoadHistory()
+    for step in range(1, 1001):
+        history.add(torch.tensor([[step, 1]]), step)
+        if step == 517:
+            restored.restore(history.tensors())
+        elif step > 517:
+            restored.add(torch.tensor([[step, 1]]), step)
+    for each in (history, restored):
+        assert (
+            len(each.counts) <= HISTORY_INTERVALS and each.edges[0] == 0 and each.edges[-1] == 1000
+        )
+        widths = {b - a for a, b in pairwise(each.edges[:-1])}
+        assert widths == {16}
+        for (first, last), counts in zip(pairwise(each.edges), each.counts, strict=True):
+            assert counts.tolist() == [[sum(range(first + 1, last + 1)), last - first]]
+
+
+def test_the_heat_map_is_of_the_window(tmp_path):
+    config = make_config(tmp_path, LOGGED)
+    window = torch.tensor([[30, 34, 31, 33], [20, 22, 64, 22]])
+    writer = MetricsWriter(tmp_path, config, 0, pytest.fail)
+    facts = StepFacts(window, 1.0)
+    engine = make_engine(config)
+    metrics = train_step(engine, micro_batches(config), 0, config, detail=True)
+    writer.write_load(facts, metrics)
+    writer.close()
+    encoded = read(tmp_path).Images("load/heat_map")[0].encoded_image_string
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    # Which colour is where in it: tests/test_figures.py.
+    assert np.array_equal(pixels, render(load_heat_map(window, LAYERS)))
 
 
 # ---- stopped, killed and resumed
@@ -235,7 +477,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     with Recorder() as second:
         assert run(tmp_path / "run", LOGGED) == 0
     events = read(tmp_path / "run")
-    losses = values(events, "loss/lm")
+    losses = values(events, "health/lm_loss")
     steps = first.steps + second.steps
     assert list(losses) == list(range(1, NUM_STEPS + 1))
     assert list(losses.values()) == pytest.approx([m.lm_loss for m in steps], rel=1e-6)
@@ -254,11 +496,11 @@ def test_steps_after_the_last_checkpoint_of_a_killed_run_are_replaced(tmp_path):
     assert process.wait() == -signal.SIGKILL
     next_second()
     saved = checkpoint(tmp_path / "run").step
-    before = values(read(tmp_path / "run"), "loss/lm")
+    before = values(read(tmp_path / "run"), "health/lm_loss")
     assert 20 <= saved < 60 and set(range(1, saved + 1)) <= set(before), "flushed with each save"
     assert run(tmp_path / "run", steps | {"optimizer.learning_rate": 0.001}) == 0
     events = read(tmp_path / "run")
-    assert list(values(events, "loss/lm")) == list(range(1, 61))
+    assert list(values(events, "health/lm_loss")) == list(range(1, 61))
     rates = values(events, "optimizer/learning_rate")
     assert all(rates[step] == pytest.approx(0.001) for step in range(saved + 1, 61))
     assert rates[saved] == pytest.approx(0.02)
@@ -273,7 +515,7 @@ def test_a_checkpoint_comes_after_its_curves(tmp_path, monkeypatch):
         real_write(writer, data)
 
     def save(run_dir, step, *arguments, **options):
-        seen.append((step, max(values(read(run_dir), "router_entropy/layer02"))))
+        seen.append((step, max(values(read(run_dir), "router/entropy/layer02"))))
         return real_save(run_dir, step, *arguments, **options)
 
     monkeypatch.setattr(RecordWriter, "write", write)
@@ -299,7 +541,7 @@ def test_an_unwritable_directory_is_one_warning(tmp_path, capsys):
     assert checkpoint(tmp_path / "run").step == NUM_STEPS
 
 
-@pytest.mark.parametrize("writes", [0, 1, 40, 100])
+@pytest.mark.parametrize("writes", [0, 1, 20, 45])
 def test_a_disk_that_fills_up_is_one_warning(writes, tmp_path, capsys, monkeypatch):
     real, done = RecordWriter.write, []
 
@@ -320,13 +562,25 @@ def test_a_disk_that_fills_up_is_one_warning(writes, tmp_path, capsys, monkeypat
     assert printed.err == ""
 
 
-def test_a_directory_that_vanishes_stops_nothing(tmp_path):
+def test_a_directory_that_vanishes_is_begun_again(tmp_path, capsys):
     def vanish(step: int) -> None:
         if step == 4:
             shutil.rmtree(tmp_path / "run" / "tensorboard")
 
     with Recorder(before_step=vanish):
         assert run(tmp_path / "run", LOGGED) == 0
+    assert capsys.readouterr().out.count("has vanished; beginning it again") == 1
+    events = read(tmp_path / "run")
+    assert list(values(events, "health/lm_loss")) == [5, 6, 7, 8]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_probe_folder_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "probe_routes").write_text("")
+    assert run(tmp_path / "run", LOGGED) == 0
+    assert capsys.readouterr().out.count("the routes of step") == len(EVALUATED)
+    assert list(values(read(tmp_path / "run"), "validation/mean_loss")) == EVALUATED
 
 
 def test_errors_of_other_threads_are_reported_as_ever(tmp_path, capsys):
@@ -334,7 +588,7 @@ def test_errors_of_other_threads_are_reported_as_ever(tmp_path, capsys):
     seen = []
     hook, threading.excepthook = threading.excepthook, seen.append
     try:
-        writer = MetricsWriter(tmp_path / "tb", config.model, 0, lambda text: None)
+        writer = MetricsWriter(tmp_path, config, 0, lambda text: None)
         thread = threading.Thread(target=lambda: 1 / 0)
         thread.start()
         thread.join()
@@ -351,7 +605,7 @@ def test_the_curves_up_to_a_failure_are_written(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="a fault of ours"), Recorder(before_step=fail):
         run(tmp_path / "run", LOGGED)
-    assert list(values(read(tmp_path / "run"), "loss/lm")) == [1, 2, 3, 4, 5]
+    assert list(values(read(tmp_path / "run"), "health/lm_loss")) == [1, 2, 3, 4, 5]
 
 
 def test_metrics_of_a_skipped_step_reach_the_curves(tmp_path):
@@ -359,9 +613,9 @@ def test_metrics_of_a_skipped_step_reach_the_curves(tmp_path):
     engine = make_engine(config)
     engine.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
     metrics = train_step(engine, micro_batches(config), 0, config)
-    writer = MetricsWriter(tmp_path / "tensorboard", config.model, 0, pytest.fail)
-    writer.write_step(metrics, 1.0, metrics.tokens_per_expert)
+    writer = MetricsWriter(tmp_path, config, 0, pytest.fail)
+    writer.write_step(metrics, StepFacts(metrics.tokens_per_expert, 1.0))
     writer.close()
     events = read(tmp_path)
-    assert math.isnan(values(events, "optimizer/gradient_norm")[1])
-    assert math.isfinite(values(events, "loss/lm")[1])
+    assert math.isnan(values(events, "health/gradient_norm")[1])
+    assert math.isfinite(values(events, "health/lm_loss")[1])

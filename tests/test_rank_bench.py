@@ -204,7 +204,8 @@ def test_bytes_that_leave_rank_1_of_3(name, args, expected):
 
 @pytest.mark.parametrize("change", [{"lm_loss": 5.1}, {"gradient_norm": math.nan}])
 def test_layouts_that_train_differently_are_not_timed(change):
-    step = StepMetrics(1, 5.0, {}, 0.1, 1.0, torch.zeros(1), torch.zeros(1), 64)
+    none = torch.zeros(1)
+    step = StepMetrics(1, 5.0, {}, {}, 0.1, 1.0, none, none, none, 64)
     refuse_differences({"1x0": [step], "1x1": [step._replace(lm_loss=5.0001)]})
     with pytest.raises(RunError, match="WRONG: in step 1 layout 1x1 has"):
         refuse_differences({"1x0": [step], "1x1": [step._replace(**change)]})

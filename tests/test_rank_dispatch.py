@@ -13,6 +13,7 @@ from kernels.dispatch import DispatchPlan
 from moe.dispatcher import expert_parallel_dispatch, local_dispatch
 from moe.routing import Routing, make_routing
 from train.ranks import Ranks
+from train.work_clock import WorkClock
 
 D, F, E = 12, 10, 8
 # Tokens of each rank, in turns.
@@ -64,7 +65,7 @@ def exchange(ranks: Ranks, size: int) -> list[str]:
     """Every case on every rank: what differs from all experts in one process, named."""
     from train.expert_parallel import ExpertGroups
 
-    groups = ExpertGroups(size, timeout_minutes=1)
+    groups = ExpertGroups(size, 1, WorkClock("cpu"))
     count = E // size
     problems = []
     for case in CASES:
@@ -111,7 +112,7 @@ def overlap(ranks: Ranks) -> list[bool]:
     import moe.dispatcher
     from train.expert_parallel import ExpertGroups
 
-    groups = ExpertGroups(2, timeout_minutes=0.5)
+    groups = ExpertGroups(2, 0.5, WorkClock("cpu"))
     store = dist.distributed_c10d._get_default_store()
     real, exchanges, under_way = moe.dispatcher._Exchange.start, [], []
 

@@ -211,7 +211,7 @@ def run_case(
         if fault == "interruptions" and number == 1:
             interrupt(engine, loader, config)
         batches = uneven(read_step(loader, number, config, engine), engine.rank)
-        metrics = train_step(engine, batches, number, config)
+        metrics = train_step(engine, batches, number, config, detail=True)
         assert metrics is not None
         found["metrics"].append(metrics._asdict())
     found["weights"] = gathered_state(engine)["model"]
@@ -276,8 +276,14 @@ def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
         # After a step of Adam the weights agree no better than its epsilon lets them.
         assert ours["aux_losses"] == pytest.approx(theirs["aux_losses"], rel=10 * tolerance)
         assert torch.equal(ours["tokens_per_expert"], theirs["tokens_per_expert"])
+        assert ours["aux_coefficients"] == pytest.approx(theirs["aux_coefficients"], rel=1e-6)
+        for mean, wanted in zip(ours["detail"].routers, theirs["detail"].routers, strict=True):
+            assert torch.allclose(mean, wanted, rtol=1e-4, atol=1e-6)
         if sgd:
             assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=tolerance)
+            for norms in ("gradient_norms", "weight_norms"):
+                by_group, wanted = getattr(ours["detail"], norms), getattr(theirs["detail"], norms)
+                assert by_group == pytest.approx(wanted, rel=10 * tolerance)
     assert_close(found["gradients"], expected["gradients"], rounding * 1e-6)
     assert_close(found["moments"], expected["moments"], rounding * 1e-6)
     if sgd:

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from model_cases import tiny_config
 from training_cases import make_config
 
+from train.route_statistics import VocabularyCounts
 from train.summary import render_summary, summarize
 from train.validation import Evaluation
 
@@ -23,6 +25,11 @@ def evaluation() -> Evaluation:
         ),
         information=torch.tensor([0.25, 0.0]),
         shuffled_information=torch.tensor([0.01, 0.0]),
+        divergence=torch.tensor([0.5, 0.0]),
+        co_activation=torch.zeros(2, 4, 4),
+        repeat_rate=torch.tensor([0.25, 0.75]),
+        vocabulary=VocabularyCounts(tiny_config(), torch.zeros(0).long()),
+        probe_routes=torch.zeros(0, 2, 2),
     )
 
 
@@ -37,6 +44,7 @@ def test_values_against_those_by_hand(evaluation, tmp_path):
     assert (second["max_violation"], second["dead_experts"]) == (0.0, 0)
     assert second["effective_experts"] == pytest.approx(4.0)
     assert summary["dead_experts"] == 2
+    assert (first["domain_divergence"], second["repeat_rate"]) == (0.5, 0.75)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 

@@ -43,7 +43,7 @@ class CapturedStep:
         self.gradients: dict[str, Tensor] = {}
         self.engine.step = self._capture  # type: ignore[method-assign]
         self.batches = uneven(micro_batches(config, 1))
-        metrics = train_step(self.engine, self.batches, 1, config)
+        metrics = train_step(self.engine, self.batches, 1, config, detail=True)
         assert metrics is not None
         self.metrics: StepMetrics = metrics
 
@@ -78,7 +78,16 @@ def test_gradients_do_not_depend_on_the_number_of_micro_batches(size, scope, tmp
     assert ours.lm_loss == pytest.approx(expected.lm_loss, rel=1e-6)
     assert ours.aux_losses == pytest.approx(expected.aux_losses, rel=1e-6)
     assert ours.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-6)
-    assert torch.allclose(ours.router_entropy, expected.router_entropy, rtol=1e-6)
+    weights = {"load_balancing": 0.5, "router_z_loss": 0.1, "lm_z_loss": 0.01}
+    assert ours.aux_coefficients == pytest.approx(weights, rel=1e-6)
+    assert expected.aux_coefficients == pytest.approx(weights, rel=1e-6)
+    for a, b in zip(ours.detail.routers, expected.detail.routers, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+    assert torch.equal(ours.detail.logit_counts, expected.detail.logit_counts)
+    for norms in ("gradient_norms", "weight_norms"):
+        assert getattr(ours.detail, norms) == pytest.approx(
+            getattr(expected.detail, norms), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(

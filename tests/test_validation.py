@@ -8,9 +8,10 @@ import torch
 from training_cases import data, make_config, make_engine, micro_batches
 
 from moe.measures import domain_expert_information
-from moe.routing import counts_by_sequence
+from moe.routing import counts_by_sequence, make_routing
 from train.packing import IGNORE
 from train.random_state import get_random_state
+from train.route_statistics import VocabularyCounts, frequent_tokens
 from train.step import train_step
 from train.validation import Evaluation, evaluate, sum_by_domain
 
@@ -104,15 +105,21 @@ def test_unigram_entropy_and_bits_per_byte_are_those_of_the_validation_text(trai
         assert result.bits_per_byte[domain] == pytest.approx(expected)
 
 
-def test_domains_count_the_same_in_the_means():
+def test_domains_count_the_same_in_the_means(tmp_path):
+    none = torch.zeros(0)
     result = Evaluation(
         loss={"a": 1.0, "b": 3.0},
         unigram_entropy={"a": 2.0, "b": 7.0},
         bits_per_byte={},
         num_tokens={"a": 1000, "b": 1},
-        tokens_per_expert=torch.zeros(0),
-        information=torch.zeros(0),
-        shuffled_information=torch.zeros(0),
+        tokens_per_expert=none,
+        information=none,
+        shuffled_information=none,
+        divergence=none,
+        co_activation=none,
+        repeat_rate=none,
+        vocabulary=VocabularyCounts(make_config(tmp_path).model, none.long()),
+        probe_routes=none,
     )
     assert result.mean_loss == 2.0 and result.mean_gain == 2.5
 
@@ -192,3 +199,120 @@ def test_a_dense_model_has_losses_and_no_experts(tmp_path):
     result = evaluate(make_engine(config), data(), 4, config.training.seq_len)
     assert set(result.loss) == set(data().domain_names)
     assert result.tokens_per_expert.numel() == 0 and result.information.numel() == 0
+
+
+def everything_routed(trained, batch_size=4):
+    """(domain, input ids, documents, [(L) topk_indices, topk_weights]) of every sequence."""
+    engine, config = trained
+    engine.model.eval()
+    found = []
+    with torch.no_grad():
+        for place, name in enumerate(data().domain_names):
+            for batch in data().validation_batches(name, batch_size, config.training.seq_len):
+                output = engine(batch)
+                size, length = batch.input_ids.shape
+                routes = [r.topk_indices.view(size, length, -1) for r in output.routings]
+                weights = [r.topk_weights.view(size, length, -1) for r in output.routings]
+                for row in range(size):
+                    found.append(
+                        (
+                            place,
+                            batch.input_ids[row].tolist(),
+                            batch.document_ids[row].tolist(),
+                            [each[row].tolist() for each in routes],
+                            [each[row].tolist() for each in weights],
+                        )
+                    )
+    return found
+
+
+def test_what_experts_were_chosen_for_by_hand(trained):
+    result, sequences = evaluated(trained), everything_routed(trained)
+    num_layers, num_experts = result.tokens_per_expert.shape[1:]
+    for layer in range(num_layers):
+        load = torch.zeros(2, num_experts, dtype=torch.int64)
+        pairs = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+        same = both = 0
+        by_token: Counter = Counter()
+        occurrences: Counter = Counter()
+        for domain, ids, documents, routes, weights in sequences:
+            first = [
+                chosen[max(range(len(chosen)), key=lambda k: weight[k])]
+                for chosen, weight in zip(routes[layer], weights[layer], strict=True)
+            ]
+            for position, (token, chosen) in enumerate(zip(ids, routes[layer], strict=True)):
+                occurrences[token] += 1
+                for i in chosen:
+                    load[domain, i] += 1
+                    by_token[token, i] += 1
+                    for j in chosen:
+                        pairs[i, j] += 1
+                if position and documents[position] == documents[position - 1]:
+                    both += 1
+                    same += first[position] == first[position - 1]
+        assert torch.equal(result.tokens_per_expert[:, layer], load)
+        assert torch.equal(result.co_activation[layer], pairs)
+        assert float(result.repeat_rate[layer]) == pytest.approx(same / both)
+        shares = [[c / sum(row) for c in row] for row in load.tolist()]
+        middle = [(a + b) / 2 for a, b in zip(*shares, strict=True)]
+        divergence = sum(
+            p * math.log(p / m) / 2 for row in shares for p, m in zip(row, middle, strict=True) if p
+        )
+        assert float(result.divergence[layer]) == pytest.approx(divergence, rel=1e-9)
+        vocabulary = result.vocabulary
+        assert vocabulary.occurrences.tolist() == [
+            occurrences[token] for token in vocabulary.token_ids.tolist()
+        ]
+        for expert in range(num_experts):
+            counted = vocabulary.assignments[layer, expert].tolist()
+            assert counted == [by_token[t, expert] for t in vocabulary.token_ids.tolist()]
+            shown = vocabulary.top_tokens(layer, expert, 3, least=2)
+            best = sorted(
+                (-by_token[t, expert] / n, -n, t)
+                for t, n in occurrences.items()
+                if n >= 2 and by_token[t, expert]
+            )
+            assert [(-t.share, -t.occurrences, t.token_id) for t in shown] == best[:3]
+
+
+def test_the_probe_is_the_beginning_of_each_domain(trained):
+    result, sequences = evaluated(trained), everything_routed(trained)
+    by_domain = [[s for s in sequences if s[0] == place] for place in (0, 1)]
+    # The whole of this little text fits.
+    expected = [
+        [[s[3][layer][at] for layer in range(2)] for at in range(len(s[1]))]
+        for of in by_domain
+        for s in of
+    ]
+    assert result.probe_routes.tolist() == [row for sequence in expected for row in sequence]
+
+
+def test_a_long_text_gives_the_probe_equal_parts(trained, monkeypatch):
+    monkeypatch.setattr("train.validation.PROBE_TOKENS", 64)
+    result, sequences = evaluated(trained, batch_size=3), everything_routed(trained)
+    chosen = [[s for s in sequences if s[0] == place][:2] for place in (0, 1)]
+    expected = [
+        [s[3][layer][at] for layer in range(2)] for of in chosen for s in of for at in range(16)
+    ]
+    assert result.probe_routes.tolist() == expected and len(expected) == 64
+
+
+def test_frequent_tokens_are_in_falling_order_and_occur():
+    assert frequent_tokens(torch.tensor([3, 0, 9, 3, 1]), 3).tolist() == [2, 0, 3]
+    assert frequent_tokens(torch.tensor([0, 2, 0]), 3).tolist() == [1]
+
+
+def test_tokens_outside_the_vocabulary_count_nowhere(tmp_path):
+    config = make_config(tmp_path).model
+    counts = VocabularyCounts(config, torch.tensor([7, 5]))
+    routing = make_routing(
+        torch.zeros(4, 4),
+        torch.zeros(4, 4),
+        torch.ones(4, 2),
+        torch.tensor([[0, 1], [2, -1], [3, 0], [1, 2]]),
+        None,
+    )
+    counts.add(torch.tensor([5, 7, 9, -100]), [routing, routing])
+    assert counts.occurrences.tolist() == [1, 1]
+    assert counts.assignments[0].tolist() == [[0, 1], [0, 1], [1, 0], [0, 0]]
+    assert torch.equal(counts.assignments[0], counts.assignments[1])

@@ -161,6 +161,14 @@ class PreparedData:
             )
         return self._unigram_entropy[domain]
 
+    @cached_property
+    def validation_token_counts(self) -> np.ndarray:
+        """(V,) int64 how often each token comes in the validation text of all domains."""
+        counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for part in self._domains.values():
+            counts += np.bincount(part.validation, minlength=len(counts))
+        return counts
+
     def bytes_per_token(self, domain: str) -> float:
         """Bytes of validation text per validation token (ends of text count as tokens).
 

@@ -47,12 +47,14 @@ from train.fragments import (
     moments_of,
     split_part,
 )
+from train.metrics import NORM_GROUPS, norm_group
 from train.packing import Batch
 from train.program import first_line
 from train.ranks import Ranks, gather
 from train.run_directory import format_bytes
 from train.status import format_table
 from train.stored_tensors import moments_by_key
+from train.work_clock import WorkClock
 
 # What DeepSpeed raises over a setting of the user's, depending on where it notices.
 _WRONG_SETTING = (ValidationError, ValueError, TypeError, AttributeError, AssertionError, OSError)
@@ -72,7 +74,8 @@ def build_deepspeed_engine(
     if device == "cuda":
         device = f"cuda:{ranks.local_rank}"
     parallel = config.parallel
-    groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes)
+    clock = WorkClock(device)
+    groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes, clock)
     derived = checked_config(config, ranks, precision)
     model = build_model(model_config, config.seed, groups, device, derived)
     return DeepSpeedEngine(
@@ -155,6 +158,7 @@ class DeepSpeedEngine:
         self.model, self.device = model, torch.device(device)
         self.precision, self.kernels = precision, kernels
         self.groups, self.stage = groups, config.parallel.zero_stage
+        self.clock = groups.clock
         self._first_expert = groups.first_expert(config.model.moe.num_experts, ranks.rank)
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
@@ -211,18 +215,23 @@ class DeepSpeedEngine:
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradients of all parameters on all ranks, () float32."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        return self.norms(gradients=True).square().sum().sqrt().float()
+
+    def norms(self, *, gradients: bool) -> Tensor:
+        """L2 norms of the gradients, or of the weights, of each of NORM_GROUPS: (3,) float64."""
+        totals = torch.zeros(len(NORM_GROUPS), dtype=torch.float64, device=self.device)
         for part in held_parts(self.engine, self.stage):
-            gradient = gradient_of(self.stage, part)
-            if gradient is None:
+            values = gradient_of(self.stage, part) if gradients else part.weights
+            if values is None:
                 continue
             # Stage 0 holds whole gradients: everything but experts on every rank, these on each
             # rank of an expert-data group. From stage 1 on each number is on one rank.
             copies = 1
             if self.stage == 0:
                 copies = self.world_size // (self.groups.size if is_expert(part.parameter) else 1)
-            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / copies
-        return self.all_reduce(total).sqrt().float()
+            place = NORM_GROUPS.index(norm_group(part.name))
+            totals[place] += torch.linalg.vector_norm(values, dtype=torch.float64).square() / copies
+        return self.all_reduce(totals).sqrt()
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """Clip to `optimizer.gradient_clip` and update the weights."""
@@ -243,10 +252,11 @@ class DeepSpeedEngine:
                 optimizer.all_grad_tensors[group] = None
             optimizer.micro_step_id = -1
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
+    def all_reduce(self, x: Tensor, *, maximum: bool = False) -> Tensor:
+        """Sum, or maximum, over ranks."""
         x = x.clone()
-        dist.all_reduce(x)
+        with self.clock.waiting():
+            dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
         return x
 
     def any_rank(self, flag: bool) -> bool:

@@ -19,9 +19,11 @@ from train.device import choose_device, choose_kernels, choose_precision
 from train.errors import CheckpointError
 from train.expert_names import join_experts, split_experts
 from train.fragments import local_shape
+from train.metrics import NORM_GROUPS, norm_group
 from train.packing import Batch
 from train.ranks import Ranks, gather
 from train.stored_tensors import moments_by_key, shape_of
+from train.work_clock import WorkClock
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -35,7 +37,8 @@ class Engine(Protocol):
     Attributes:
         model: this rank's MoETransformer. device: where it lives. precision: `float32` or
         `bfloat16`. kernels: `triton` or `torch`. rank, world_size: 0 and 1 without a launcher.
-        shared_out: whether each rank has fragments of the state, and not the whole.
+        shared_out: whether each rank has fragments of the state, and not the whole. clock: of this
+        rank's work.
     """
 
     model: MoETransformer
@@ -45,6 +48,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     shared_out: bool
+    clock: WorkClock
 
     def __call__(self, batch: Batch, totals: BatchTotals | None = None) -> ModelOutput:
         """One forward pass over a micro-batch of this rank, on the engine's device."""
@@ -58,14 +62,17 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradients of all parameters on all ranks, () float32."""
 
+    def norms(self, *, gradients: bool) -> Tensor:
+        """L2 norms of the gradients, or of the weights, of each of NORM_GROUPS: (3,) float64."""
+
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """Clip to `optimizer.gradient_clip` and update the weights; the gradients are gone then."""
 
     def zero_grad(self) -> None:
         """Forget the gradients, those of a dropped step too."""
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks."""
+    def all_reduce(self, x: Tensor, *, maximum: bool = False) -> Tensor:
+        """Sum, or maximum, over ranks."""
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is True on any rank, the same answer on all."""
@@ -112,6 +119,7 @@ class PlainEngine:
     ):
         self.model, self.device = model, torch.device(device)
         self.precision, self.kernels = precision, kernels
+        self.clock = WorkClock(device)
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
         groups = parameter_groups(model, config.optimizer)
@@ -141,6 +149,17 @@ class PlainEngine:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
+    def norms(self, *, gradients: bool) -> Tensor:
+        """L2 norms of the gradients, or of the weights, of each of NORM_GROUPS: (3,) float64."""
+        grouped: dict[str, list[Tensor]] = {group: [] for group in NORM_GROUPS}
+        for name, parameter in self.model.named_parameters():
+            value = parameter.grad if gradients else parameter.detach()
+            if value is not None:
+                grouped[norm_group(name)].append(value)
+        zero = torch.zeros((), device=self.device)
+        norms = [torch.nn.utils.get_total_norm(each) if each else zero for each in grouped.values()]
+        return torch.stack(norms).double()
+
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """Clip to `optimizer.gradient_clip` and update the weights."""
         if self.gradient_clip is not None and float(gradient_norm) > self.gradient_clip:
@@ -155,8 +174,8 @@ class PlainEngine:
         """Forget the gradients, those of a dropped step too."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks: of one, the tensor itself."""
+    def all_reduce(self, x: Tensor, *, maximum: bool = False) -> Tensor:
+        """Of one rank, the tensor itself."""
         return x
 
     def any_rank(self, flag: bool) -> bool:

@@ -34,6 +34,7 @@ from moe.routing import Routing
 from moe.variants import load_variant
 from train.errors import ConfigError, StalledError
 from train.ranks import Ranks
+from train.work_clock import WorkClock
 
 # What gloo says of a peer that has ended, and of one that does not answer.
 _CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -105,13 +106,13 @@ class ExpertGroups:
 
     Attributes:
         size: N. name: DeepSpeed's. rank: this process's place in its expert group.
-        group, data_group: its expert group and its expert-data group.
+        group, data_group: its expert group and its expert-data group. clock: of this rank's work.
     """
 
-    def __init__(self, size: int, timeout_minutes: float):
+    def __init__(self, size: int, timeout_minutes: float, clock: WorkClock):
         from deepspeed.utils import groups
 
-        self.size, self.name = size, f"ep_size_{size}"
+        self.size, self.name, self.clock = size, f"ep_size_{size}", clock
         if self.name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(size)
         self.group = groups._get_expert_parallel_group(self.name)
@@ -166,6 +167,7 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
                 groups.group,
                 backend=self.backend,
                 meanwhile=shared,
+                waiting=groups.clock.waiting,
             )
 
         def forward(self, x: Tensor, context: Any) -> tuple[Tensor, Routing]:

@@ -2,18 +2,22 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NamedTuple
 
+from torch import Tensor
+
 from moe.measures import dead_experts, max_violation
+from train.alarms import Alarms
 from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import Engine
-from train.metrics import LoadWindow, MetricsWriter, StepMetrics
+from train.metrics import LoadHistory, LoadWindow, StepMetrics
+from train.metrics_writer import MetricsWriter, StepFacts
 from train.packing import TrainLoader
 from train.status import Status, StatusLine, peak_flops
-from train.step import read_step, train_step
+from train.step import read_step, router_biases, train_step
 from train.validation import Evaluation, evaluate
 
 # A stop signal finishes a step that needs less than this, and drops a longer one.
@@ -93,7 +97,8 @@ class Loop:
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
         self.beat = beat
         self.loader = TrainLoader(data, config.training.seq_len, config.seed)
-        self.window = LoadWindow()
+        self.window, self.load_history = LoadWindow(), LoadHistory()
+        self.alarms = Alarms(config.model)
         peak = peak_flops(engine.device)
         # MFU of 1 token/s.
         self._utilisation = None
@@ -140,6 +145,19 @@ class Loop:
             self.save(position)
         return position, evaluation if position.step >= config.num_steps else None
 
+    def memory(self) -> dict[str, Tensor]:
+        """What later metrics and alarms are made from, for a checkpoint."""
+        window = {"load_window": self.window.tensor()}
+        return window | self.load_history.tensors() | self.alarms.state()
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Continue from what `memory` returned."""
+        self.window.restore(memory["load_window"])
+        # Checkpoints of version 0.1.0 have the window alone.
+        if "history" in memory:
+            self.load_history.restore(memory)
+            self.alarms.restore(memory)
+
     def _evaluation_due(self, position: Position) -> bool:
         every = self.config.evaluation.every
         due = position.step == self.config.num_steps or (
@@ -158,24 +176,49 @@ class Loop:
             left = expected - (time.monotonic() - began)
             return stop() and max(left, stop.waited()) > FINISH_SECONDS
 
-        batches = read_step(self.loader, position.step, self.config, self.engine)
-        metrics = train_step(self.engine, batches, position.step, self.config, stop=drop)
+        with self.engine.clock.working():
+            batches = read_step(self.loader, position.step, self.config, self.engine)
+        metrics = train_step(
+            self.engine,
+            batches,
+            position.step,
+            self.config,
+            stop=drop,
+            detail=self._measured(position.step + 1),
+        )
         if metrics is None:
             return False
         self.step_seconds.append(time.monotonic() - began)
         self._report(metrics)
         return True
 
+    def _logged(self, step: int) -> bool:
+        every = self.config.logging.every
+        return step % every == 0 or step == 1 or step == self.config.num_steps
+
+    def _pictured(self, step: int) -> bool:
+        every = self.config.logging.heatmap_every
+        return every > 0 and (step % every == 0 or step == self.config.num_steps)
+
+    def _measured(self, step: int) -> bool:
+        """Whether the step's details are wanted; by all ranks, though one writes them."""
+        wanted = self._logged(step) or self._pictured(step)
+        return wanted and self.config.logging.tensorboard
+
     def _report(self, metrics: StepMetrics) -> None:
-        logging = self.config.logging
+        step = metrics.step
         window = self.window.add(metrics.tokens_per_expert)
+        self.load_history.add(metrics.tokens_per_expert, step)
+        alarms = tuple(self.alarms.check(metrics, self.window))
         speed = metrics.num_tokens / self.step_seconds[-1]
         if metrics.skipped:
             self.status.message(
                 f"step {metrics.step} skipped: loss or gradient was not finite; weights unchanged"
             )
-        last = metrics.step == self.config.num_steps
-        if metrics.step % logging.every == 0 or metrics.step == 1 or last:
+        for alarm in alarms:
+            self.status.message(alarm.text)
+        mfu = None if self._utilisation is None else speed * self._utilisation
+        if self._logged(step):
             layers = len(metrics.tokens_per_expert)
             self.status.show(
                 Status(
@@ -185,18 +228,22 @@ class Loop:
                     learning_rate=metrics.learning_rate,
                     gradient_norm=metrics.gradient_norm,
                     tokens_per_second=speed,
-                    mfu=None if self._utilisation is None else speed * self._utilisation,
+                    mfu=mfu,
                     max_violation=float(max_violation(metrics.tokens_per_expert).max())
                     if layers
                     else None,
                     dead_experts=int(dead_experts(window).sum()) if layers else None,
                 )
             )
-            if self.writer is not None:
-                self.writer.write_step(metrics, speed, window)
-        every = logging.heatmap_every
-        if self.writer is not None and every and (metrics.step % every == 0 or last):
-            self.writer.write_load(window, metrics.step)
+        if self.writer is None or not (self._logged(step) or self._pictured(step) or alarms):
+            return
+        bias = router_biases(self.engine.model)
+        facts = StepFacts(window, self.step_seconds[-1], mfu, bias, alarms)
+        self.writer.write_alarms(alarms)
+        if self._logged(step) or alarms:
+            self.writer.write_step(metrics, facts)
+        if self._pictured(step):
+            self.writer.write_load(facts, metrics)
 
     def _evaluate(self, step: int, stop: Callable[[], bool]) -> Evaluation | None:
         config = self.config
@@ -218,7 +265,7 @@ class Loop:
             f"step {step}: validation {evaluation.mean_loss:.4f} nats/token ({by_domain})"
         )
         if self.writer is not None:
-            self.writer.write_evaluation(evaluation, self.data.domain_names, step)
+            self.writer.write_evaluation(evaluation, self.data, self.load_history, step)
         text = self.sample(stop)
         if text is not None:
             self.status.message(text)

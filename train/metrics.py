@@ -1,54 +1,150 @@
-"""What is measured at a step, and under which TensorBoard tag does it appear?
+"""What is measured at a step?
 
-Tags live here and nowhere else. Definitions: `moe.routing`.
+Counts, losses and flags are summed at every step; what a router is like and how large gradients
+and weights are, only at the steps that are logged. `moe/GLOSSARY.md` says what each number means,
+`train/metrics_writer.py` under which tag it appears.
 """
 
-import threading
+import resource
+import sys
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from moe.config import ModelConfig
-from moe.measures import dead_experts, max_violation, router_sums
+from moe.measures import router_sums
 from moe.routing import Routing
-from train.figures import domain_expert_map, load_heat_map
-from train.validation import Evaluation
 
 # A dead expert got nothing over this many optimizer steps.
 WINDOW_STEPS = 100
+# Intervals that the history of the load has at most.
+HISTORY_INTERVALS = 64
+# Router logits are counted in this many bins between the bounds; what is beyond, in the last ones.
+LOGIT_BINS, LOGIT_BOUND = 128, 16.0
+# Whose gradients and weights have a norm of their own.
+NORM_GROUPS = ("router", "experts", "dense")
+
+
+class RouterMeans(NamedTuple):
+    """Means over the tokens of a step, each (L,) float64: see `RouterSums`; logit_max a maximum."""
+
+    entropy: Tensor
+    confidence: Tensor
+    margin: Tensor
+    logit_norm: Tensor
+    logsumexp: Tensor
+    logit_max: Tensor
+
+
+class StepDetail(NamedTuple):
+    """What is measured at logged steps alone.
+
+    routers: means by layer. logit_counts: (L, LOGIT_BINS) router logits of all tokens and experts.
+    gradient_norms, weight_norms: L2 norms by group of parameters (NORM_GROUPS), before the update
+    and before clipping. memory_gib: the largest of all ranks, on its GPU or of its process.
+    """
+
+    routers: RouterMeans
+    logit_counts: Tensor
+    gradient_norms: dict[str, float]
+    weight_norms: dict[str, float]
+    memory_gib: float
 
 
 class StepMetrics(NamedTuple):
     """One optimizer step, summed over ranks and accumulation.
 
-    lm_loss nats per token; aux_losses unweighted, by name; gradient_norm before clipping;
-    tokens_per_expert (L, E) and router_entropy (L,), L routed layers; skipped: the step was not
-    applied since something was inf or NaN.
+    lm_loss nats per token; aux_losses unweighted and aux_coefficients, what multiplied them in the
+    loss, both by name; gradient_norm before clipping; tokens_per_expert (L, E) and num_dropped (L,)
+    assignments, L routed layers; work_seconds (W,) of each rank's forward passes in the step before
+    (`WorkClock`); skipped: the step was not applied since something was inf or NaN; detail: None
+    where it was not asked for.
     """
 
     step: int
     lm_loss: float
     aux_losses: dict[str, float]
+    aux_coefficients: dict[str, float]
     learning_rate: float
     gradient_norm: float
     tokens_per_expert: Tensor
-    router_entropy: Tensor
+    num_dropped: Tensor
+    work_seconds: Tensor
     num_tokens: int
     skipped: bool = False
+    detail: StepDetail | None = None
 
 
-def expert_usage(routings: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
-    """(L, E) assignments and (L,) mean router entropy (of log E) of one forward pass."""
+class RoutingSums(NamedTuple):
+    """What a forward pass adds to the step's numbers about routing, L routed layers.
+
+    counts (L, E + 1) int64: assignments, and dropped ones. logit_counts (L, LOGIT_BINS) int64 and
+    tokens (6, L) float64, the sums of `RouterSums`, both without layers where they were not asked
+    for; logit_max (L,).
+    """
+
+    counts: Tensor
+    logit_counts: Tensor
+    tokens: Tensor
+    logit_max: Tensor
+
+    def plus(self, other: "RoutingSums") -> "RoutingSums":
+        """Those of both passes together."""
+        return RoutingSums(
+            self.counts + other.counts,
+            self.logit_counts + other.logit_counts,
+            self.tokens + other.tokens,
+            torch.maximum(self.logit_max, other.logit_max),
+        )
+
+    def means(self) -> RouterMeans:
+        """Over the tokens that were summed."""
+        num_tokens, *sums = self.tokens.cpu()
+        means = [each / num_tokens.clamp(min=1) for each in sums]
+        return RouterMeans._make([*means, self.logit_max.cpu()])
+
+
+def routing_sums(
+    routings: tuple[Routing, ...], device: torch.device, *, detail: bool
+) -> RoutingSums:
+    """The numbers of one forward pass, without waiting for the device."""
     if not routings:
-        return torch.zeros(0, 1, dtype=torch.long), torch.zeros(0)
-    counts = torch.stack([r.tokens_per_expert for r in routings])
-    sums = [router_sums(routing) for routing in routings]
-    return counts, torch.stack([each.entropy / each.num_tokens.clamp(min=1) for each in sums])
+        none = torch.zeros(0, 2, dtype=torch.int64, device=device)
+        return RoutingSums(none, none, none.new_zeros(6, 0).double(), none[:, 0].double())
+    counts = torch.stack([torch.cat([r.tokens_per_expert, r.num_dropped[None]]) for r in routings])
+    if not detail:
+        none = counts.new_zeros(0, LOGIT_BINS)
+        return RoutingSums(counts, none, none.new_zeros(6, 0).double(), none[:, 0].double())
+    each = [router_sums(routing) for routing in routings]
+    tokens = torch.stack([torch.stack(sums[:-1]) for sums in each], 1)  # (6, L)
+    logits = torch.stack([_logit_counts(routing) for routing in routings])
+    return RoutingSums(counts, logits, tokens, torch.stack([sums.logit_max for sums in each]))
+
+
+def _logit_counts(routing: Routing) -> Tensor:
+    """(LOGIT_BINS,) how many logits of valid tokens fall into each bin; NaN in none."""
+    logits = routing.router_logits.detach().clamp(-LOGIT_BOUND, LOGIT_BOUND)
+    ignored = ~routing.valid.unsqueeze(-1) | logits.isnan()
+    beyond = logits.masked_fill(ignored, 2 * LOGIT_BOUND)
+    return torch.histc(beyond, LOGIT_BINS, -LOGIT_BOUND, LOGIT_BOUND).long()
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the most that PyTorch has had on the GPU, or the process in memory, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes on Linux, bytes on macOS.
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def norm_group(parameter_name: str) -> str:
+    """The group of NORM_GROUPS that a parameter belongs to; shared experts are dense."""
+    parts = parameter_name.split(".")
+    return next((group for group in ("router", "experts") if group in parts), "dense")
 
 
 def loss_weights(model: ModelConfig) -> dict[str, float]:
@@ -67,6 +163,9 @@ class LoadWindow:
     def __init__(self) -> None:
         self._steps: deque[Tensor] = deque(maxlen=WINDOW_STEPS)
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def tensor(self) -> Tensor:
         """(steps, L, E), for a checkpoint."""
         return torch.stack(list(self._steps)) if self._steps else torch.zeros(0, 0, 0).long()
@@ -78,153 +177,51 @@ class LoadWindow:
     def add(self, tokens_per_expert: Tensor) -> Tensor:
         """Add one step's (L, E) counts and return the window's sum."""
         self._steps.append(tokens_per_expert.cpu())
-        return torch.stack(list(self._steps)).sum(0)
+        return self.last(WINDOW_STEPS)
+
+    def last(self, steps: int) -> Tensor:
+        """(L, E) sum over the last steps, fewer where there are fewer."""
+        return torch.stack(list(self._steps)[-steps:]).sum(0)
 
 
-def _layer_tag(layer: int) -> str:
-    return f"layer{layer:02d}"
+class LoadHistory:
+    """Assignments over the whole run in at most HISTORY_INTERVALS equal intervals.
 
-
-class MetricsWriter:
-    """Writes scalars, images and text for TensorBoard; a failing disk stops nothing but this.
-
-    Args:
-        directory: of the event files. first_step: where a resumed run goes on; what an earlier
-            process wrote from there on is hidden. warn: told once if writing fails.
+    When there are too many, neighbours are joined, so that the memory is bounded however long the
+    run. Attributes: counts: (N, L, E) of each interval. edges: N + 1 optimizer steps.
     """
 
-    def __init__(
-        self, directory: Path, model: ModelConfig, first_step: int, warn: Callable[[str], None]
-    ):
-        self.layers = model.moe_layers
-        self.loss_weights = loss_weights(model)
-        self._warn = warn
-        self._writer: SummaryWriter | None = None
-        self._excepthook = threading.excepthook
-        self._guard(lambda: self._open(directory, first_step))
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []
+        self.edges: list[int] = []
+        self._width = 1
 
-    def _open(self, directory: Path, first_step: int) -> None:
-        # Without purge_step the curves of a resumed run double back.
-        purge_step = first_step if first_step > 0 else None
-        threading.excepthook = self._on_thread_error
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=20)
-        self._writer.add_custom_scalars(self._layout())
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        counts = torch.stack(self.counts) if self.counts else torch.zeros(0, 0, 0).long()
+        return {"history": counts, "history_edges": torch.tensor(self.edges, dtype=torch.int64)}
 
-    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        # The event file is written by a thread, whose error the next call raises to us again.
-        if type(error.thread).__name__ != "_AsyncWriterThread":
-            self._excepthook(error)
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue the history that `tensors` returned."""
+        self.counts = list(tensors["history"].unbind(0))
+        self.edges = tensors["history_edges"].tolist()
+        if len(self.edges) > 1:
+            self._width = self.edges[1] - self.edges[0]
 
-    def _guard(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            self._warn(f"TensorBoard: {error}; going on without it")
-            self._writer = None
-
-    def _layout(self) -> dict:
-        """The page "custom scalars": all layers of one measure in a chart."""
-
-        def chart(tag: str) -> list:
-            return ["Multiline", [f"{tag}/{_layer_tag(layer)}" for layer in self.layers]]
-
-        if not self.layers:
-            return {}
-        return {
-            "experts": {
-                "MaxVio by layer": chart("max_violation"),
-                "router entropy by layer": chart("router_entropy"),
-                "dead experts by layer": chart("dead_experts"),
-            }
-        }
-
-    def write_step(self, metrics: StepMetrics, tokens_per_second: float, window: Tensor) -> None:
-        """Scalars of one step; `window` (L, E) as `LoadWindow.add` returned it."""
-
-        def write() -> None:
-            assert self._writer is not None
-            add, step = self._writer.add_scalar, metrics.step
-            add("loss/lm", metrics.lm_loss, step)
-            for name, value in metrics.aux_losses.items():
-                add(f"loss/{name}", value, step)
-                add(f"loss_weight/{name}", self.loss_weights[name], step)
-            add("optimizer/learning_rate", metrics.learning_rate, step)
-            add("optimizer/gradient_norm", metrics.gradient_norm, step)
-            add("speed/tokens_per_second", tokens_per_second, step)
-            violation, dead = max_violation(metrics.tokens_per_expert), dead_experts(window)
-            for index, layer in enumerate(self.layers):
-                tag = _layer_tag(layer)
-                load = metrics.tokens_per_expert[index]
-                add(f"max_violation/{tag}", violation[index], step)
-                add(f"router_entropy/{tag}", metrics.router_entropy[index], step)
-                add(f"dead_experts/{tag}", dead[index], step)
-                add(f"tokens_per_expert_min/{tag}", load.min(), step)
-                add(f"tokens_per_expert_max/{tag}", load.max(), step)
-
-        if self._writer is not None:
-            self._guard(write)
-
-    def write_load(self, window: Tensor, step: int) -> None:
-        """The layer x expert heat map, and the distribution of load / mean load in each layer."""
-
-        def write() -> None:
-            assert self._writer is not None
-            self._writer.add_figure("experts/load", load_heat_map(window, self.layers), step)
-            for index, layer in enumerate(self.layers):
-                share = window[index] / window[index].float().mean().clamp(min=1e-9)
-                self._writer.add_histogram(f"load_share/{_layer_tag(layer)}", share, step)
-
-        if self._writer is not None and self.layers:
-            self._guard(write)
-
-    def write_evaluation(
-        self, evaluation: Evaluation, domain_names: tuple[str, ...], step: int
-    ) -> None:
-        """Validation loss by domain, the domain x expert map and its information by layer."""
-
-        def write() -> None:
-            assert self._writer is not None
-            add = self._writer.add_scalar
-            add("validation/mean_loss", evaluation.mean_loss, step)
-            for domain, loss in evaluation.loss.items():
-                add(f"validation/{domain}", loss, step)
-            for index, layer in enumerate(self.layers):
-                tag = _layer_tag(layer)
-                add(f"domain_expert_information/{tag}", evaluation.information[index], step)
-                add(
-                    f"domain_expert_information_shuffled/{tag}",
-                    evaluation.shuffled_information[index],
-                    step,
-                )
-            # A picture a layer: cards are narrow, and text in a picture of all would be unreadable.
-            for index, layer in enumerate(self.layers):
-                counts = evaluation.tokens_per_expert[:, index : index + 1]
-                figure = domain_expert_map(counts, domain_names, (layer,))
-                self._writer.add_figure(f"domains/{_layer_tag(layer)}", figure, step)
-            self._writer.flush()
-
-        if self._writer is not None:
-            self._guard(write)
-
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        """Text as it stands: the config (tag `config`) and samples (`samples`)."""
-
-        def write() -> None:
-            assert self._writer is not None
-            indented = "\n".join("    " + line for line in text.splitlines())
-            self._writer.add_text(tag, indented, step)
-
-        if self._writer is not None:
-            self._guard(write)
-
-    def flush(self) -> None:
-        """Write what is buffered; before a checkpoint, lest a resumed run's curves have a gap."""
-        if self._writer is not None:
-            self._guard(self._writer.flush)
-
-    def close(self) -> None:
-        """Write what is buffered, and end."""
-        if self._writer is not None:
-            self._guard(self._writer.close)
-            self._writer = None
-        threading.excepthook = self._excepthook
+    def add(self, tokens_per_expert: Tensor, step: int) -> None:
+        """Add the (L, E) counts of optimizer step `step`, counted from 1."""
+        load = tokens_per_expert.cpu()
+        if not self.counts:
+            self.counts, self.edges = [load], [step - 1, step]
+            return
+        if self.edges[-1] - self.edges[-2] < self._width:
+            self.counts[-1] = self.counts[-1] + load
+            self.edges[-1] = step
+            return
+        if len(self.counts) == HISTORY_INTERVALS:
+            pairs = zip(self.counts[::2], self.counts[1::2], strict=True)
+            self.counts = [a + b for a, b in pairs]
+            self.edges = self.edges[::2]
+            self._width *= 2
+        self.counts.append(load)
+        self.edges.append(step)

@@ -26,7 +26,7 @@ from train.errors import ConfigError, NonFiniteError
 from train.figures import domain_expert_map, save_figure
 from train.generate import sample_text
 from train.loop import Loop, Position, StopRequest
-from train.metrics import MetricsWriter
+from train.metrics_writer import MetricsWriter
 from train.plan import Plan, check_memory, describe_plan, make_plan, memory_errors
 from train.program import guarded
 from train.random_state import seed_all
@@ -256,7 +256,8 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
     minutes = config.training.stall_minutes
     watchdog = Watchdog(run_dir, engine.rank, None if minutes is None else 60 * minutes)
     first_step = job.position.step + 1 if found else 0
-    with open_writer(run_dir, config, engine.rank, job.model, first_step, warn) as writer:
+    known = config.model_copy(update={"model": job.model})
+    with open_writer(run_dir, known, engine.rank, first_step, warn) as writer:
 
         def save(at: Position) -> None:
             if writer is not None:
@@ -272,7 +273,7 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
                 config,
                 job.identity,
                 seconds=clock.seconds(),
-                window=loop.window.tensor(),
+                metrics=loop.memory(),
             )
             save_checkpoint(
                 run_dir,
@@ -288,7 +289,7 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
         loop = Loop(
             engine,
             job.data,
-            config.model_copy(update={"model": job.model}),
+            known,
             writer=writer,
             status=status,
             save=save,
@@ -297,7 +298,7 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
             flops=job.plan.flops_per_token,
         )
         if found is not None:
-            loop.window.restore(found.tensors["metrics"]["load_window"])
+            loop.remember(found.tensors["metrics"])
         with StopRequest(launched=engine.shared_out) as stop, watchdog:
             position, evaluation = loop.run(job.position, stop)
             stopped = engine.any_rank(stop())
@@ -311,15 +312,13 @@ def open_writer(
     run_dir: Path,
     config: RunConfig,
     rank: int,
-    model: ModelConfig,
     first_step: int,
     warn: Callable[[str], None],
 ) -> contextlib.AbstractContextManager[MetricsWriter | None]:
     """The writer of the curves, closed however the run ends: they are what explains it."""
     if not config.logging.tensorboard or rank > 0:
         return contextlib.nullcontext()
-    writer = MetricsWriter(run_dir / "tensorboard", model, first_step, warn)
-    writer.write_text("config", dump_config(config), first_step)
+    writer = MetricsWriter(run_dir, config, first_step, warn)
     return contextlib.closing(writer)
 
 

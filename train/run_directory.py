@@ -258,11 +258,11 @@ def make_directory(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a small file as a whole: a reader, or a crash, finds the old text or the new."""
     temporary = path.with_name(SAVING + path.name)
     temporary.unlink(missing_ok=True)
-    write_durably(temporary, [text.encode()])
+    write_durably(temporary, [content.encode() if isinstance(content, str) else content])
     os.replace(temporary, path)
     sync_directory(path.parent)
 

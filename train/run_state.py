@@ -39,14 +39,14 @@ def run_state(
     facts: dict[str, Any],
     *,
     seconds: float,
-    window: Tensor,
+    metrics: dict[str, Tensor],
 ) -> tuple[TensorGroups, dict[str, Any]]:
     """What this rank puts into a checkpoint: tensors by group, and what is no tensor.
 
     Args:
         facts: the `identity` of this run.
         seconds: of training so far.
-        window: what the metrics over a window of steps are made from.
+        metrics: what the metrics of several steps are made from.
     """
     state = {
         "step": at.step,
@@ -61,7 +61,7 @@ def run_state(
         tensors = {rank_group(name, engine.rank): named for name, named in tensors.items()}
         state["shapes"] = {name: list(shape) for name, shape in engine.state_shapes().items()}
     if engine.rank == 0:
-        tensors["metrics"] = {"load_window": window}
+        tensors["metrics"] = metrics
     return tensors, state
 
 

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from moe.layer import MoELayer
-from moe.model import BatchTotals, ModelOutput
+from moe.model import BatchTotals, ModelOutput, MoETransformer
 from train.config import RunConfig
 from train.engine import Engine
 from train.errors import NonFiniteError
-from train.metrics import StepMetrics, expert_usage, loss_weights
+from train.metrics import (
+    NORM_GROUPS,
+    RoutingSums,
+    StepDetail,
+    StepMetrics,
+    loss_weights,
+    memory_in_use,
+    routing_sums,
+)
 from train.packing import IGNORE, Batch, TrainLoader
 from train.random_state import get_random_state, set_random_state
 from train.schedule import learning_rate
@@ -42,6 +50,7 @@ def train_step(
     config: RunConfig,
     *,
     stop: Callable[[], bool] = lambda: False,
+    detail: bool = False,
 ) -> StepMetrics | None:
     """One optimizer step.
 
@@ -49,6 +58,7 @@ def train_step(
         micro_batches: this rank's share of the global batch.
         step: counted from 0.
         stop: asked before each pass; True drops the step.
+        detail: whether to measure `StepDetail` too.
     Returns:
         StepMetrics, or None if the step was dropped: nothing changed then, random streams included.
     Raises:
@@ -63,27 +73,32 @@ def train_step(
             engine.zero_grad()
             set_random_state(random_state)
             return None
-        output = engine(batch, totals)
+        with engine.clock.working():
+            output = engine(batch, totals)
         if config.training.debug:
             check_routers(output, config, step)
         assert output.loss is not None
         engine.backward(output.loss, last=number == len(micro_batches))
-        sums = add_output(sums, output)
+        sums = add_output(sums, output, detail=detail)
         if totals.counts_so_far is not None:
-            totals = totals._replace(counts_so_far=sums.tokens_per_expert)
+            totals = totals._replace(counts_so_far=sums.routing.counts[:, :-1])
     assert sums is not None
-    sums = sum_over_ranks(engine, sums)
+    sums = sum_over_ranks(engine, sums, detail=detail)
+    measured = step_detail(engine, sums) if detail else None
     gradient_norm = engine.gradient_norm()
     problem = find_nonfinite(engine, sums, gradient_norm, config)
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, sums.tokens_per_expert)
+        update_routers(engine, sums.routing.counts[:, :-1])
     engine.zero_grad()
+    engine.clock.next_step()
     if problem is not None:
         set_random_state(random_state)
         refuse_nonfinite(engine, step, problem, config)
-    return step_metrics(sums, step, rate, gradient_norm, config, skipped=problem is not None)
+    return step_metrics(
+        sums, step, rate, gradient_norm, config, skipped=problem is not None, detail=measured
+    )
 
 
 def step_metrics(
@@ -94,22 +109,42 @@ def step_metrics(
     config: RunConfig,
     *,
     skipped: bool,
+    detail: StepDetail | None,
 ) -> StepMetrics:
     """Means of the step from its sums over passes and ranks."""
     num_labels = sums.num_labels.clamp(min=1)
-    aux_means = (sums.aux_losses / sums.num_passes).tolist()
+    names = loss_weights(config.model)
+    aux, coefficients = sums.aux_losses.tolist(), sums.aux_coefficients.tolist()
     if config.model.lm_z_loss_weight:
-        aux_means.append(float(sums.lm_z_loss_sum / num_labels))
+        aux.append(float(sums.lm_z_loss_sum / num_labels))
+        coefficients.append(config.model.lm_z_loss_weight)
+    counts = sums.routing.counts.cpu()
     return StepMetrics(
         step=step + 1,
         lm_loss=float(sums.lm_loss_sum / num_labels),
-        aux_losses=dict(zip(loss_weights(config.model), aux_means, strict=True)),
+        aux_losses=dict(zip(names, aux, strict=True)),
+        aux_coefficients=dict(zip(names, coefficients, strict=True)),
         learning_rate=rate,
         gradient_norm=float(gradient_norm),
-        tokens_per_expert=sums.tokens_per_expert.cpu(),
-        router_entropy=(sums.router_entropy / sums.num_passes).float().cpu(),
+        tokens_per_expert=counts[:, :-1],
+        num_dropped=counts[:, -1],
+        work_seconds=sums.work_seconds.cpu(),
         num_tokens=config.tokens_per_step,
         skipped=skipped,
+        detail=detail,
+    )
+
+
+def step_detail(engine: Engine, sums: "_StepSums") -> StepDetail:
+    """What is measured at logged steps alone; before the update, with the gradients at hand."""
+    norms = [engine.norms(gradients=True), engine.norms(gradients=False)]
+    gradients, weights = torch.stack(norms).tolist()
+    return StepDetail(
+        routers=sums.routing.means(),
+        logit_counts=sums.routing.logit_counts.cpu(),
+        gradient_norms=dict(zip(NORM_GROUPS, gradients, strict=True)),
+        weight_norms=dict(zip(NORM_GROUPS, weights, strict=True)),
+        memory_gib=float(sums.memory),
     )
 
 
@@ -139,58 +174,87 @@ def batch_totals(
         for batch in batches:
             if engine.any_rank(stop()):
                 return None
-            counts = counts + expert_usage(engine(batch).routings)[0]  # (L, E)
+            routings = engine(batch).routings
+            counts = counts + torch.stack([r.tokens_per_expert for r in routings])  # (L, E)
     set_random_state(random_state)
     return totals._replace(tokens_per_expert=engine.all_reduce(counts))
 
 
 class _StepSums(NamedTuple):
-    """Sums over the passes of a step; all tensors on the device, float64 but the counts.
+    """Sums over the passes of a step; all tensors on the device, float64 where not said otherwise.
 
-    loss_nonfinite () and logits_nonfinite (L,) count the passes with inf or NaN.
+    loss_nonfinite () and logits_nonfinite (L,) count the passes with inf or NaN. aux_losses and
+    aux_coefficients (n,): each pass by its share of the tokens. work_seconds (W,) has this rank's
+    place filled. memory () GiB and routing.logit_max are maxima.
     """
 
     lm_loss_sum: Tensor
     lm_z_loss_sum: Tensor
     num_labels: Tensor
-    num_passes: Tensor
     aux_losses: Tensor
-    router_entropy: Tensor
+    aux_coefficients: Tensor
     loss_nonfinite: Tensor
     logits_nonfinite: Tensor
-    tokens_per_expert: Tensor
+    work_seconds: Tensor
+    memory: Tensor
+    routing: RoutingSums
 
 
-def add_output(sums: _StepSums | None, output: ModelOutput) -> _StepSums:
-    """Add one pass's facts, without waiting for the device."""
+def add_output(sums: _StepSums | None, output: ModelOutput, *, detail: bool) -> _StepSums:
+    """Add one pass's facts, without waiting for the device.
+
+    Args: detail: whether routers are looked at.
+    """
     assert output.loss is not None and output.lm_loss is not None
-    assert output.num_labels is not None
-    counts, entropy = expert_usage(output.routings)
-    none = output.loss.new_zeros(0, dtype=torch.float64)
-    aux = [value.detach().double() for value in output.aux_losses]
+    assert output.num_labels is not None and output.aux_share is not None
+    none = output.loss.detach().new_zeros(0, dtype=torch.float64)
+    share = output.aux_share.double()
+    aux = [value.detach().double() * share for value in output.aux_losses]
+    coefficients = [value.double() for value in output.aux_coefficients]
     finite = [routing.logits_finite for routing in output.routings]
-    z_loss = none.new_zeros(()) if output.lm_z_loss is None else output.lm_z_loss.double()
+    z_loss = none.new_zeros(()) if output.lm_z_loss is None else output.lm_z_loss.detach().double()
     now = _StepSums(
         lm_loss_sum=output.lm_loss.double() * output.num_labels,
         lm_z_loss_sum=z_loss * output.num_labels,
         num_labels=output.num_labels.double(),
-        num_passes=none.new_ones(()),
         aux_losses=torch.stack(aux) if aux else none,
-        router_entropy=entropy.to(none),
+        aux_coefficients=torch.stack(coefficients) if coefficients else none,
         loss_nonfinite=1 - torch.isfinite(output.loss.detach()).double(),
         logits_nonfinite=1 - torch.stack(finite).double() if finite else none,
-        tokens_per_expert=counts.to(none.device),
+        work_seconds=none,
+        memory=none.new_zeros(()),
+        routing=routing_sums(output.routings, none.device, detail=detail),
     )
-    return now if sums is None else _StepSums(*(a + b for a, b in zip(sums, now, strict=True)))
+    if sums is None:
+        return now
+    added = [a + b for a, b in zip(sums[:-1], now[:-1], strict=True)]
+    return _StepSums._make([*added, sums.routing.plus(now.routing)])
 
 
-def sum_over_ranks(engine: Engine, sums: _StepSums) -> _StepSums:
-    """The same sums over all ranks, in two messages."""
-    numbers, counts = sums[:-1], sums.tokens_per_expert
-    flat = engine.all_reduce(torch.cat([number.reshape(-1) for number in numbers]))
-    parts = flat.split([number.numel() for number in numbers])
-    shaped = [part.view_as(number) for part, number in zip(parts, numbers, strict=True)]
-    return _StepSums._make([*shaped, engine.all_reduce(counts)])
+def sum_over_ranks(engine: Engine, sums: _StepSums, *, detail: bool) -> _StepSums:
+    """The same over all ranks, in two messages, a third one for maxima at logged steps."""
+    work = sums.num_labels.new_zeros(engine.world_size)
+    # Filled on the device: assigning a Python number would wait for the copy.
+    work[engine.rank : engine.rank + 1].fill_(engine.clock.seconds())
+    sums = sums._replace(work_seconds=work)
+    routing = sums.routing
+    numbers = [*sums[:-2], routing.tokens]
+    *summed, tokens = _reduced(engine, numbers)
+    counts, logit_counts = _reduced(engine, [routing.counts, routing.logit_counts])
+    memory, logit_max = sums.memory, routing.logit_max
+    if detail:
+        memory = torch.full_like(memory, memory_in_use(engine.device))
+        largest = engine.all_reduce(torch.cat([memory.view(1), logit_max]), maximum=True)
+        memory, logit_max = largest[0], largest[1:]
+    routing = RoutingSums(counts, logit_counts, tokens, logit_max)
+    return _StepSums._make([*summed, memory, routing])
+
+
+def _reduced(engine: Engine, tensors: list[Tensor]) -> list[Tensor]:
+    """Sums over ranks of tensors of one dtype, in one message."""
+    flat = engine.all_reduce(torch.cat([each.reshape(-1) for each in tensors]))
+    parts = flat.split([each.numel() for each in tensors])
+    return [part.view_as(each) for part, each in zip(parts, tensors, strict=True)]
 
 
 def find_nonfinite(
@@ -250,3 +314,11 @@ def update_routers(engine: Engine, tokens_per_expert: Tensor) -> None:
     for layer, load in zip(layers, tokens_per_expert, strict=True):
         if hasattr(layer.router, "after_step"):
             layer.router.after_step(load)
+
+
+def router_biases(model: MoETransformer) -> Tensor | None:
+    """(L, E) what routers add to their scores for the choice, None where they add nothing."""
+    routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
+    biases = [getattr(router, "selection_bias", None) for router in routers]
+    found = [bias.detach() for bias in biases if isinstance(bias, Tensor)]
+    return torch.stack(found).cpu() if found else None

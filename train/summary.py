@@ -24,6 +24,8 @@ def summarize(
             "effective_experts": float(effective_experts(load[index])),
             "domain_expert_information": float(evaluation.information[index]),
             "shuffled_control": float(evaluation.shuffled_information[index]),
+            "domain_divergence": float(evaluation.divergence[index]),
+            "repeat_rate": float(evaluation.repeat_rate[index]),
         }
         for index, layer in enumerate(model.moe_layers if evaluation.loss else ())
     ]
