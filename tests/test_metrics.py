@@ -18,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training_cases import (
     EVALUATE_EVERY,
     NUM_STEPS,
@@ -34,7 +35,9 @@ from training_cases import (
 )
 
 import train.pretrain
+from kernels.routing import fused_topk
 from moe.routing import make_routing
+from train import metrics_bench
 from train.checkpoint import load_checkpoint
 from train.engine import load_model
 from train.figures import load_heat_map, render
@@ -619,3 +622,46 @@ def test_metrics_of_a_skipped_step_reach_the_curves(tmp_path):
     events = read(tmp_path)
     assert math.isnan(values(events, "health/gradient_norm")[1])
     assert math.isfinite(values(events, "health/lm_loss")[1])
+
+
+# ---- cost
+
+
+def test_metrics_need_no_value_on_the_host():
+    """A fake tensor has none: to read one back, which would wait for a GPU, raises."""
+    with FakeTensorMode():
+        logits, valid = torch.empty(20, 6), torch.empty(20, dtype=torch.bool)
+        chosen = fused_topk(logits, 2)
+        arguments = logits, chosen.router_probs, chosen.topk_weights, chosen.topk_indices, valid
+        routings = (make_routing(*arguments), make_routing(*arguments))
+        sums = routing_sums(routings, torch.device("cpu"), detail=True)
+        both = sums.plus(routing_sums(routings, torch.device("cpu"), detail=True))
+        assert both.tokens.shape == (6, 2) and both.logit_counts.shape == (2, 128)
+
+
+def test_messages_of_a_step_do_not_grow_with_its_layers(tmp_path, monkeypatch):
+    """What is summed over ranks: the same number of messages for 2 and for 4 routed layers."""
+
+    def messages(num_layers, detail):
+        config = make_config(tmp_path, {"model.num_layers": num_layers})
+        engine, sent = make_engine(config), []
+        monkeypatch.setattr(
+            engine, "all_reduce", lambda x, maximum=False: sent.append(x.numel()) or x
+        )
+        train_step(engine, micro_batches(config), 0, config, detail=detail)
+        return len(sent)
+
+    assert messages(2, False) == messages(4, False)
+    assert messages(2, True) == messages(4, True) == messages(2, False) + 1
+
+
+def test_the_benchmark_of_metrics_adds_up(capsys, tmp_path):
+    config = write_config(tmp_path / "run", LOGGED | {"logging.every": 10})
+    assert metrics_bench.main(["--config", str(config), "--repeats", "2", "--threads", "1"]) == 0
+    page = capsys.readouterr().out
+    rows = [row.split("|")[2] for row in page.splitlines() if row.count("|") == 4]
+    off, every_step, logged, pictured = map(float, rows[-4:])
+    share = (every_step - off + (logged - every_step) / 10 + (pictured - logged) / 4) / off
+    said = float(re.search(r"metrics cost (-?[\d.]+)% of a step", page)[1])
+    assert said == pytest.approx(100 * share, abs=3)
+    assert metrics_bench.main(["--config", str(config), "--repeats", "0"]) == 2
