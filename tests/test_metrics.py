@@ -26,6 +26,7 @@ from training_cases import (
     Recorder,
     at,
     checkpoint,
+    data,
     launcher,
     make_config,
     make_engine,
@@ -53,6 +54,7 @@ from train.metrics import (
 from train.metrics_writer import MetricsWriter, StepFacts
 from train.probe import ProbeRoutes
 from train.step import train_step
+from train.validation import evaluate
 
 # Without noise, so that a forward pass of the test chooses what the run chose.
 LOGGED = {
@@ -385,6 +387,38 @@ def test_evaluations_pictures_and_texts_are_at_their_steps(logged):
     assert [line.split()[0] for line in table.splitlines()[1:]] == ["0", "1", "2", "3"]
 
 
+def test_specialisation_is_that_of_the_checkpoint_evaluated_again(logged):
+    run_dir, events, _ = logged
+    config = make_config(run_dir, LOGGED)
+    engine = make_engine(config)
+    for step in EVALUATED:
+        found = load_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}")
+        load_model(engine.model, found.tensors["model"])
+        # Its numbers are computed another way in tests/test_validation.py.
+        evaluation = evaluate(engine, data(), 4, config.training.seq_len)
+        for measure, expected in {
+            "specialisation/domain_information": evaluation.information,
+            "specialisation/domain_information_shuffled": evaluation.shuffled_information,
+            "specialisation/domain_divergence": evaluation.divergence,
+            "specialisation/repeat_rate": evaluation.repeat_rate,
+        }.items():
+            for index, layer in enumerate(LAYERS):
+                got = values(events, tag_of(measure, layer))[step]
+                assert got == pytest.approx(float(expected[index]), rel=1e-5), (measure, step)
+            over = values(events, f"{measure}/all_layers")[step]
+            assert over == pytest.approx(float(expected.mean()), rel=1e-5)
+        for name, loss in evaluation.loss.items():
+            assert values(events, f"validation/{name}")[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_speed_and_time_belong_together(logged):
+    _, events, _ = logged
+    times = values(events, "speed/step_time_ms")
+    for step, speed in values(events, "speed/tokens_per_second").items():
+        assert speed * times[step] / 1e3 == pytest.approx(4 * 16, rel=1e-5)
+    assert all(0.01 < gib < 1000 for gib in values(events, "speed/memory_gib").values())
+
+
 def test_routes_of_the_probe_are_compared_between_evaluations(logged):
     run_dir, events, _ = logged
     probe = ProbeRoutes(run_dir / "probe_routes")
@@ -563,6 +597,24 @@ def test_a_disk_that_fills_up_is_one_warning(writes, tmp_path, capsys, monkeypat
     assert printed.out.count("warning: TensorBoard: [Errno 28] No space left on device") == 1
     # The writer's own thread would print its traceback.
     assert printed.err == ""
+
+
+def test_a_disk_that_is_really_full_stops_only_the_curves(tmp_path, small_disk, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(small_disk)
+    filler = small_disk / "filler"
+
+    def fill(step: int) -> None:
+        if step == 3:
+            with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    with Recorder(before_step=fill) as recorder:
+        assert run(tmp_path / "run", LOGGED | {"training.steps": 8}) == 0
+    assert len(recorder.steps) == NUM_STEPS
+    assert capsys.readouterr().out.count("warning: TensorBoard: ") == 1
+    assert checkpoint(tmp_path / "run").step == NUM_STEPS
 
 
 def test_a_directory_that_vanishes_is_begun_again(tmp_path, capsys):
