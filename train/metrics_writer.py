@@ -5,6 +5,7 @@ TensorBoard's alphabetical order: its page answers whether the run is well. A me
 `GROUP/MEASURE/layerNN`, over all layers `GROUP/MEASURE/all_layers` or in `health/`.
 """
 
+import textwrap
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,6 +71,18 @@ _OVER_LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "specialisation/domain_divergence": (torch.mean, None),
     "specialisation/repeat_rate": (torch.mean, None),
 }
+
+
+# What decides what is learnt; where it is written, and how often one looks, does not.
+_HYPER_PARAMETERS = {"model", "optimizer", "parallel", "schedule", "seed", "training"}
+# TensorBoard cuts longer lines off.
+_WRAPPER = textwrap.TextWrapper(
+    120,
+    subsequent_indent="      ",
+    drop_whitespace=False,
+    replace_whitespace=False,
+    expand_tabs=False,
+)
 
 
 class StepFacts(NamedTuple):
@@ -138,7 +151,7 @@ class MetricsWriter:
         """The run's row in the tab HParams, with its latest validation loss."""
         assert self._writer is not None
         # A run is one row: `add_hparams` would write a second one.
-        values = hyper_parameters(self._config.model_dump(mode="json"))
+        values = hyper_parameters(self._config.model_dump(mode="json", include=_HYPER_PARAMETERS))
         for summary in hparams(values, {"validation/mean_loss": 0.0}):
             self._writer._get_file_writer().add_summary(summary)
 
@@ -354,8 +367,8 @@ class MetricsWriter:
 
     def _add_text(self, tag: str, text: str, step: int) -> None:
         assert self._writer is not None
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._writer.add_text(tag, indented, step)
+        lines = [part for line in text.splitlines() for part in _WRAPPER.wrap(line) or [""]]
+        self._writer.add_text(tag, "\n".join("    " + line for line in lines), step)
 
     def flush(self) -> None:
         """Write what is buffered; before a checkpoint, lest a resumed run's curves have a gap."""
