@@ -6,12 +6,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
 
+from torch import Tensor
+
 from moe.measures import dead_experts, max_violation
 from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import Engine
 from train.metrics import LoadWindow, MetricsWriter, StepMetrics
 from train.packing import TrainLoader
+from train.routes import RunRoutes
 from train.status import Status, StatusLine, peak_flops
 from train.step import read_step, train_step
 from train.validation import Evaluation, evaluate
@@ -73,7 +76,7 @@ class Loop:
     Args:
         save(position): writes a checkpoint. sample(stop): text that the model writes, or None.
         beat(): called again and again while the run moves. flops: of one token
-        in training, for the MFU.
+        in training, for the MFU. routes: which are recorded and replayed, none by default.
     """
 
     def __init__(
@@ -88,10 +91,12 @@ class Loop:
         sample: Callable[[Callable[[], bool]], str | None] = lambda stop: None,
         beat: Callable[[], None] = lambda: None,
         flops: int | None = None,
+        routes: RunRoutes | None = None,
     ):
         self.engine, self.data, self.config = engine, data, config
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
         self.beat = beat
+        self.routes = routes or RunRoutes()
         self.loader = TrainLoader(data, config.training.seq_len, config.seed)
         self.window = LoadWindow()
         peak = peak_flops(engine.device)
@@ -159,9 +164,13 @@ class Loop:
             return stop() and max(left, stop.waited()) > FINISH_SECONDS
 
         batches = read_step(self.loader, position.step, self.config, self.engine)
-        metrics = train_step(self.engine, batches, position.step, self.config, stop=drop)
+        batches = self.routes.replay(position.step, batches)
+        chosen: list[Tensor] = []
+        seen = self.routes.collector(chosen)
+        metrics = train_step(self.engine, batches, position.step, self.config, stop=drop, seen=seen)
         if metrics is None:
             return False
+        self.routes.record(position.step, chosen)
         self.step_seconds.append(time.monotonic() - began)
         self._report(metrics)
         return True

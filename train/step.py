@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput
+from moe.routing import Routing
 from train.config import RunConfig
 from train.engine import Engine
 from train.errors import NonFiniteError
@@ -42,6 +43,7 @@ def train_step(
     config: RunConfig,
     *,
     stop: Callable[[], bool] = lambda: False,
+    seen: Callable[[tuple[Routing, ...]], None] = lambda routings: None,
 ) -> StepMetrics | None:
     """One optimizer step.
 
@@ -49,6 +51,7 @@ def train_step(
         micro_batches: this rank's share of the global batch.
         step: counted from 0.
         stop: asked before each pass; True drops the step.
+        seen: called with the routings of each micro-batch, in their order.
     Returns:
         StepMetrics, or None if the step was dropped: nothing changed then, random streams included.
     Raises:
@@ -69,6 +72,7 @@ def train_step(
         assert output.loss is not None
         engine.backward(output.loss, last=number == len(micro_batches))
         sums = add_output(sums, output)
+        seen(output.routings)
         if totals.counts_so_far is not None:
             totals = totals._replace(counts_so_far=sums.tokens_per_expert)
     assert sums is not None
