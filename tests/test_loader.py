@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_cases import END, documents_of, equal, prepare, stream_of, synthetic, write_texts
+from data_cases import END, documents_of, equal, prepare, stream_of, synthetic, tensors, write_texts
 
 from train.data import TrainLoader
 from train.errors import DataError
@@ -20,7 +20,7 @@ def test_a_packed_row_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, END, 7, END, END], [1, 2, 3, 4, 5, 6]]
     assert batch.labels.tolist() == [[6, END, -100, END, -100, -100], [2, 3, 4, 5, 6, END]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0] * 6]
-    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.int32, torch.int64]
+    assert [t.dtype for t in tensors(batch)] == [torch.int64, torch.int64, torch.int32, torch.int64]
 
 
 def test_labels_never_cross_documents(corpus):
@@ -58,14 +58,15 @@ def test_any_split_of_a_step_reads_the_global_batch(corpus, split):
         for loader, count in zip(loaders, split, strict=True):
             parts.append(loader.batch(first, count))
             first += count
-        assert equal([torch.cat(tensors) for tensors in zip(*parts, strict=True)], whole[step])
+        joined = [torch.cat(each) for each in zip(*map(tensors, parts), strict=True)]
+        assert equal(joined, whole[step])
 
 
 def test_a_position_is_one_number(corpus):
     ahead = TrainLoader(corpus, 64, seed=3)
     for first in range(0, 5000, 500):
         ahead.batch(first, 8)
-    tail = [tensor[3:] for tensor in ahead.batch(5000, 8)]
+    tail = [tensor[3:] for tensor in tensors(ahead.batch(5000, 8))]
     assert equal(TrainLoader(corpus, 64, seed=3).batch(5003, 5), tail)
 
 

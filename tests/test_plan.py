@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_cases import tensors
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from training_cases import checkpoint, make_config, make_engine, micro_batches, run
@@ -65,7 +66,7 @@ def plan_of(config: RunConfig) -> Plan:
 def kept_bytes(engine: PlainEngine, config: RunConfig) -> int:
     """Bytes of the distinct storages that a forward pass saves, but weights and the batch."""
     batch = micro_batches(config)[0]
-    ours = [*engine.model.parameters(), *(t for t in batch)]
+    ours = [*engine.model.parameters(), *tensors(batch)]
     known = {t.untyped_storage().data_ptr() for t in ours}
     kept: dict[int, Tensor] = {}
 
