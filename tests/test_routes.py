@@ -1,11 +1,8 @@
 """Do runs write down which experts their tokens chose, and do other runs take the same ones?"""
 
-import errno
 import json
-import os
 import shutil
 import signal
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,14 +30,13 @@ from training_cases import (
 
 import train.engine
 import train.loop
-import train.route_files
+import train.pretrain
 from moe.layer import MoELayer
 from moe.model import init_weights
 from moe.variants import load_variant
 from train.checkpoint import load_checkpoint
 from train.engine import PlainEngine, load_model
-from train.errors import ConfigError, DataError
-from train.route_files import Header, Recording, checksum, index_dtype
+from train.route_files import Recording
 
 # Without noise, which another order of passes would draw otherwise.
 CALM = {"model.moe.router": {"name": "topk", "bias_update_rate": 0.02}}
@@ -268,6 +264,25 @@ def test_a_killed_run_goes_on_with_its_recording(tmp_path):
     assert files(tmp_path / "routes") == files(tmp_path / "expected")
 
 
+def test_a_checkpoint_comes_after_its_routes(tmp_path, monkeypatch):
+    """They are on the disk by then: a machine that goes down loses none that are not done again."""
+    real_sync, real_save, events = Recording.sync, train.pretrain.save_checkpoint, []
+
+    def sync(recording):
+        real_sync(recording)
+        events.append(("synced", len(recorded(recording.folder))))
+
+    def save(run_dir, step, *arguments, **options):
+        events.append(("saved", step))
+        return real_save(run_dir, step, *arguments, **options)
+
+    monkeypatch.setattr(Recording, "sync", sync)
+    monkeypatch.setattr(train.pretrain, "save_checkpoint", save)
+    changes = QUIET | {"checkpoint.every": 5} | record(tmp_path / "routes")
+    assert run(tmp_path / "run", changes) == 0
+    assert events == [("synced", 5), ("saved", 5), ("synced", 8), ("saved", 8)]
+
+
 def test_what_comes_after_the_checkpoint_of_a_run_is_forgotten(tmp_path):
     """It may go another way from there, and end before."""
     changes = QUIET | record(tmp_path / "routes")
@@ -479,90 +494,3 @@ def test_a_full_disk_ends_with_7_and_the_run_goes_on_where_there_is_space(
     filler.unlink()
     assert run(tmp_path / "run", changes | record(small_disk / "routes")) == 0
     assert files(small_disk / "routes") == files(tmp_path / "expected")
-
-
-# ---- the files
-
-
-def empty_recording(folder: Path, num_experts: int = 300) -> Recording:
-    """Of steps of 6 sequences, 2 layers, 5 tokens, 3 choices."""
-    header = Header(
-        num_steps=4, dtype=index_dtype(num_experts), shape=(6, 2, 5, 3), routes={}, run={}
-    )
-    recording = Recording(folder, header)
-    recording.begin(0)
-    return recording
-
-
-def routes_of_step(step: int, num_experts: int = 300) -> np.ndarray:
-    draw = np.random.default_rng(step)
-    return draw.integers(-1, num_experts, (6, 2, 5, 3)).astype(index_dtype(num_experts))
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "dtype"),
-    [(1, "int8"), (128, "int8"), (129, "int16"), (2**15, "int16"), (2**15 + 1, "int32")],
-)
-def test_every_expert_has_a_number_in_the_file(num_experts, dtype, tmp_path):
-    recording = empty_recording(tmp_path, num_experts)
-    assert recording.header.dtype == dtype
-    routes = routes_of_step(0, num_experts)
-    routes[0, 0, 0] = -1, 0, num_experts - 1
-    recording.write(0, 0, routes)
-    assert np.array_equal(recording.read(0, 0, 6), routes)
-    assert np.array_equal(np.fromfile(tmp_path / "routes.bin", dtype), routes.ravel())
-
-
-def test_ranks_may_write_their_shares_in_any_order(tmp_path):
-    whole, shared = empty_recording(tmp_path / "whole"), empty_recording(tmp_path / "shared")
-    for step in range(3):
-        whole.write(step, 0, routes_of_step(step))
-    for step, first in ((2, 4), (0, 0), (1, 2), (2, 0), (1, 0), (0, 2), (0, 4), (2, 2)):
-        # As a layer-major batch on a device hands them over.
-        part = np.ascontiguousarray(routes_of_step(step)[first : first + 2].swapaxes(0, 1))
-        shared.write(step, first, part.swapaxes(0, 1))
-    assert shared.recorded(0, 4).tolist() == [True, False, True, False]
-    assert shared.first_missing(0, 3) == 1 and shared.first_missing(2, 3) is None
-    assert np.array_equal(shared.read(1, 1, 3), routes_of_step(1)[1:4])
-    shared.write(1, 4, routes_of_step(1)[4:])
-    assert files(tmp_path / "shared") == files(tmp_path / "whole")
-
-
-def test_a_sequence_without_its_checksum_is_not_recorded(tmp_path, monkeypatch):
-    """As after a kill between the two; what is written of it later takes its place."""
-    recording = empty_recording(tmp_path)
-    recording.write(0, 0, routes_of_step(0))
-    real, sizes = os.pwrite, []
-
-    def pwrite(fd, data, offset):
-        sizes.append(len(data))
-        # The disk takes a little at a time, and is gone before the checksums.
-        if len(sizes) > 12:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(fd, data[:30], offset)
-
-    with monkeypatch.context() as patch, pytest.raises(ConfigError) as error:
-        patch.setattr(os, "pwrite", pwrite)
-        recording.write(1, 0, routes_of_step(1))
-    assert sizes[:3] == [360, 330, 300]
-    assert "the disk fails; choose a routes.record on another one" in str(error.value)
-    assert recording.recorded(0, 2).tolist() == [True, False]
-    with pytest.raises(DataError, match="routes of step 2 are damaged or missing"):
-        recording.read(1, 0, 6)
-    recording.write(1, 0, routes_of_step(1))
-    assert np.array_equal(recording.read(1, 0, 6), routes_of_step(1))
-
-
-def test_a_checksum_of_0_counts_as_written():
-    # CRC-32 of these four bytes is 0.
-    assert zlib.crc32(b"\x9d\x0a\xd9\x6d") == 0
-    assert checksum(b"\x9d\x0a\xd9\x6d") == 1
-
-
-def test_many_steps_are_looked_through_in_parts(tmp_path, monkeypatch):
-    recording = empty_recording(tmp_path)
-    for step in (0, 1, 2, 4, 5):
-        recording.write(step, 0, routes_of_step(step))
-    monkeypatch.setattr(train.route_files, "_CHUNK", 12)
-    assert recording.recorded(1, 8).tolist() == [True, True, False, True, True, False, False]
-    assert recording.num_steps() == 6
