@@ -23,7 +23,7 @@ from scipy import stats
 from moe.config import ModelConfig, dense_equivalent
 from moe.model import MoETransformer, flops_per_token, num_parameters
 from train.arguments import parse_arguments
-from train.config import RunConfig, dump_config, load_config
+from train.config import RoutesConfig, RunConfig, dump_config, load_config
 from train.data import PreparedData, prepare_data
 from train.device import choose_device, choose_precision
 from train.engine import build_engine
@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"evaluation.every ({config.evaluation.every}) must lie between 0 and the run's "
                 f"steps ({config.num_steps}): speed-up is read off the validation curve"
             )
+        if config.routes != RoutesConfig():
+            raise ConfigError("routes has no effect in a comparison; leave it out")
         if options.print_config:
             print(dump_config(config), end="")
             return 0

@@ -23,6 +23,7 @@ from train.tokenizer import TokenizerConfig
 from train.yaml_text import YAMLTextError, read_yaml, write_yaml
 
 Fraction = Annotated[Real, Field(ge=0, le=1)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class OptimizerConfig(Section):
@@ -160,6 +161,27 @@ class LoggingConfig(Section):
     heatmap_every: Natural = 100
 
 
+class RoutesConfig(Section):
+    """Which experts the tokens choose in training, written down or given (`train.routes`).
+
+    record: folder for the chosen experts of every step. replay: folder of another run's, which the
+    routers take in place of their own choice; evaluation and samples choose freely.
+    """
+
+    record: Folder | None = None
+    replay: Folder | None = None
+
+    @model_validator(mode="after")
+    def _two_folders(self) -> "RoutesConfig":
+        both = self.record, self.replay
+        if None not in both and len({os.path.realpath(str(folder)) for folder in both}) == 1:
+            raise ValueError(
+                f"routes.record ({self.record}) and routes.replay ({self.replay}) must be two "
+                f"folders; a run cannot write over what it replays"
+            )
+        return self
+
+
 class ParallelConfig(Section):
     """How many ranks share the model; they come from the launcher (`deepspeed --module`, torchrun).
 
@@ -178,9 +200,7 @@ class RunConfig(Section):
     """Everything that decides a run's result, and where it is written."""
 
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)] = (
-        "runs/default"
-    )
+    output_dir: Folder = "runs/default"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -190,6 +210,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    routes: RoutesConfig = RoutesConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
 

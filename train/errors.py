@@ -20,7 +20,7 @@ class ConfigError(RunError):
 
 
 class DataError(RunError):
-    """Text or tokenizer files are missing, empty or unreadable."""
+    """Text, tokenizer files or recorded routes are missing, empty or unreadable."""
 
     exit_code = 3
 

@@ -16,6 +16,7 @@ from train.engine import Engine
 from train.metrics import LoadHistory, LoadWindow, StepMetrics
 from train.metrics_writer import MetricsWriter, StepFacts
 from train.packing import TrainLoader
+from train.routes import RunRoutes
 from train.status import Status, StatusLine, peak_flops
 from train.step import read_step, router_biases, train_step
 from train.validation import Evaluation, evaluate
@@ -77,7 +78,7 @@ class Loop:
     Args:
         save(position): writes a checkpoint. sample(stop): text that the model writes, or None.
         beat(): called again and again while the run moves. flops: of one token
-        in training, for the MFU.
+        in training, for the MFU. routes: which are recorded and replayed, none by default.
     """
 
     def __init__(
@@ -92,10 +93,12 @@ class Loop:
         sample: Callable[[Callable[[], bool]], str | None] = lambda stop: None,
         beat: Callable[[], None] = lambda: None,
         flops: int | None = None,
+        routes: RunRoutes | None = None,
     ):
         self.engine, self.data, self.config = engine, data, config
         self.writer, self.status, self.save, self.sample = writer, status, save, sample
         self.beat = beat
+        self.routes = routes or RunRoutes()
         self.loader = TrainLoader(data, config.training.seq_len, config.seed)
         self.window, self.load_history = LoadWindow(), LoadHistory()
         self.alarms = Alarms(config.model)
@@ -178,16 +181,20 @@ class Loop:
 
         with self.engine.clock.working():
             batches = read_step(self.loader, position.step, self.config, self.engine)
+            batches = self.routes.replay(position.step, batches)
+        chosen: list[Tensor] = []
         metrics = train_step(
             self.engine,
             batches,
             position.step,
             self.config,
             stop=drop,
+            seen=self.routes.collector(chosen),
             detail=self._measured(position.step + 1),
         )
         if metrics is None:
             return False
+        self.routes.record(position.step, chosen)
         self.step_seconds.append(time.monotonic() - began)
         self._report(metrics)
         return True

@@ -22,6 +22,7 @@ from train.errors import ConfigError, OutOfMemoryError
 from train.layouts import describe_layouts, plan_layouts
 from train.program import first_line, guarded, is_out_of_memory
 from train.ranks import Ranks
+from train.routes import recording_bytes
 from train.run_directory import format_bytes
 from train.tokenizer import planned_vocab_size, with_vocab_size
 
@@ -30,7 +31,8 @@ _FLOAT32 = 4
 
 class Plan(NamedTuple):
     """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls; ranks:
-    of a launcher, whose memory each these bytes are; host_bytes: of these, off the device."""
+    of a launcher, whose memory each these bytes are; host_bytes: of these, off the device;
+    routes_bytes: of a recording of all steps."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -44,6 +46,7 @@ class Plan(NamedTuple):
     compute_bytes: int
     ranks: Ranks | None = None
     host_bytes: int = 0
+    routes_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -85,6 +88,7 @@ def make_plan(
         num_steps=config.num_steps,
         compute_bytes=compute_bytes,
         ranks=ranks,
+        routes_bytes=recording_bytes(config, model_config),
     )
     if ranks is None:
         return plan
@@ -213,6 +217,7 @@ def describe_plan(plan: Plan) -> str:
         (f"memory{each}: together", format_bytes(plan.device_bytes)),
         *([("offloaded to the host", format_bytes(plan.host_bytes))] if plan.host_bytes else []),
         ("disk a checkpoint", format_bytes(plan.checkpoint_bytes)),
+        *([("disk recorded routes", format_bytes(plan.routes_bytes))] if plan.routes_bytes else []),
         ("tokens a step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.num_steps:,}"),
         ("tokens", format_count(plan.tokens)),

@@ -38,6 +38,7 @@ from train.ranks import (
     gather,
     launched_ranks,
 )
+from train.routes import RunRoutes, check_routes, open_routes
 from train.run_directory import replace_file, storage_errors
 from train.run_state import identity, restore, run_state
 from train.status import StatusLine
@@ -59,6 +60,7 @@ def _main(options: Any, overrides: list[str]) -> int:
         config = load_config(options.config, overrides)
         ranks = launched_ranks()
         check_user_settings(config)
+        check_routes(config)
         if ranks is not None:
             check_layout(config, ranks)
     if options.print_config:
@@ -131,7 +133,7 @@ class Job(NamedTuple):
     """A run that is ready to go on from `position`.
 
     model: the config's, with its vocab_size known. identity: see there. found: the checkpoint that
-    it goes on from, None for a new run.
+    it goes on from, None for a new run. routes: which it records and replays.
     """
 
     config: RunConfig
@@ -142,6 +144,7 @@ class Job(NamedTuple):
     identity: dict[str, Any]
     found: Checkpoint | None
     position: Position
+    routes: RunRoutes
 
 
 def run(config: RunConfig, ranks: Ranks | None = None) -> int:
@@ -155,6 +158,8 @@ def run(config: RunConfig, ranks: Ranks | None = None) -> int:
     with agreeing(job.engine.gather):
         if speaks:
             save_description(run_dir, config, job.data)
+            if job.routes.target is not None:
+                job.routes.target.begin(job.position.step)
     announce(job, status)
     clock = RunClock(job.found.state["seconds"] if job.found else 0.0)
     with memory_errors(job.plan, config, job.model):
@@ -192,6 +197,8 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
     facts = identity(config, model, data)
     if found is not None:
         refuse_changes(found.state["identity"], facts)
+    done = found.state["step"] if found else 0
+    routes = open_routes(config, model, facts, done, ranks)
     plan = make_plan(config, model, 2, ranks)
     check_memory(plan, choose_device(config.training.device))
     seed_all(config.seed, ranks.rank if ranks else 0)
@@ -209,7 +216,7 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
             f"training.steps ({config.num_steps}) is below the checkpoint's step "
             f"({position.step}); raise it, or begin anew in another output_dir"
         )
-    return Job(config, model, data, engine, plan, facts, found, position)
+    return Job(config, model, data, engine, plan, facts, found, position, routes)
 
 
 def warner(status: StatusLine) -> Callable[[str], None]:
@@ -231,6 +238,8 @@ def announce(job: Job, status: StatusLine) -> None:
         status.message(description)
     elif config.parallel != ParallelConfig() or config.deepspeed:
         status.message("note: parallel and deepspeed have no effect in one process")
+    for line in job.routes.describe(job.position.step, config.num_steps):
+        status.message(line)
     status.message(
         f"{'resuming at step ' + str(job.position.step) if found else 'starting'} on "
         f"{engine.device} in {engine.precision}, kernels: {engine.kernels}, output in "
@@ -262,6 +271,9 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
         def save(at: Position) -> None:
             if writer is not None:
                 writer.flush()
+            if job.routes.target is not None:
+                with agreeing(engine.gather):
+                    job.routes.target.sync()
             if broken := engine.nonfinite_weights():
                 raise NonFiniteError(
                     f"step {at.step}: the weight {broken[0]} is inf or NaN, so this step is not "
@@ -296,6 +308,7 @@ def train(job: Job, clock: RunClock, status: StatusLine) -> tuple[Position, Eval
             sample=lambda stop: "\n".join(samples(engine, job.data, config, stop)) or None,
             beat=watchdog.beat,
             flops=job.plan.flops_per_token,
+            routes=job.routes,
         )
         if found is not None:
             loop.remember(found.tensors["metrics"])

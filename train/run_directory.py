@@ -112,12 +112,13 @@ def _read_owner(fd: int) -> str:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
+def storage_errors(path: Path, advice: str = "", *, setting: str = "output_dir") -> Iterator[None]:
     """Turn an OSError of the block into a RunError that names the path and the way out.
 
     Args:
         path: named when the OSError itself names no file.
         advice: a sentence to end the message of a full disk with.
+        setting: the one that names the place, to choose another by.
     Raises:
         NoSpaceError: disk or quota full, or a file larger than the system allows.
         ConfigError: anything else (read-only, not permitted, a file in the way, a failing disk).
@@ -126,7 +127,7 @@ def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else str(path)
-        raise _explain(error, where, advice) from error
+        raise _explain(error, where, advice, setting) from error
 
 
 def format_bytes(count: float) -> str:
@@ -138,18 +139,22 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _explain(error: OSError, where: str, advice: str) -> RunError:
+def _explain(error: OSError, where: str, advice: str, setting: str) -> RunError:
     reason = error.strerror or str(error)
     if error.errno in FULL:
-        way_out = f"free some space or choose another output_dir. {advice}".rstrip()
+        way_out = f"free some space or choose another {setting}. {advice}".rstrip()
         return NoSpaceError(f"{where}: {reason}{_free_space(error, Path(where))}: {way_out}")
     if error.errno == errno.EIO:
         return ConfigError(
-            f"{where}: {reason}: the disk fails; choose an output_dir on another one"
+            f"{where}: {reason}: the disk fails; choose {_a(setting)} on another one"
         )
     return ConfigError(
-        f"{where}: {reason}: choose an output_dir that can be written, or allow writing there"
+        f"{where}: {reason}: choose {_a(setting)} that can be written, or allow writing there"
     )
+
+
+def _a(setting: str) -> str:
+    return f"{'an' if setting[0] in 'aeiou' else 'a'} {setting}"
 
 
 def _free_space(error: OSError, path: Path) -> str:
@@ -212,12 +217,15 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def check_directory(path: Path, role: str, *, writable: bool = True) -> None:
+def check_directory(
+    path: Path, role: str, *, writable: bool = True, setting: str = "output_dir"
+) -> None:
     """Refuse a `path` that is no directory and cannot become one; nothing is created.
 
     Args:
         role: what the path is to the user, such as the name of its setting.
         writable: also ask whether it, or what it will be made in, may be written.
+        setting: as in `storage_errors`.
     Raises:
         ConfigError: a file or a dangling link stands there or above, or writing is not allowed.
     """
@@ -226,16 +234,16 @@ def check_directory(path: Path, role: str, *, writable: bool = True) -> None:
     if place.is_symlink() and not place.exists():
         raise ConfigError(
             f"{where} is a link to {os.readlink(place)}, which is not there; make that directory, "
-            "remove the link, or choose an output_dir that can be written"
+            f"remove the link, or choose {_a(setting)} that can be written"
         )
     if not place.is_dir():
         raise ConfigError(
-            f"{where} is a file; move it away, or choose an output_dir that can be written"
+            f"{where} is a file; move it away, or choose {_a(setting)} that can be written"
         )
     if writable and not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{where} cannot be written by this user; allow writing there, or choose an "
-            "output_dir that can be written"
+            f"{where} cannot be written by this user; allow writing there, or choose "
+            f"{_a(setting)} that can be written"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput, MoETransformer
+from moe.routing import Routing
 from train.config import RunConfig
 from train.engine import Engine
 from train.errors import NonFiniteError
@@ -50,6 +51,7 @@ def train_step(
     config: RunConfig,
     *,
     stop: Callable[[], bool] = lambda: False,
+    seen: Callable[[tuple[Routing, ...]], None] = lambda routings: None,
     detail: bool = False,
 ) -> StepMetrics | None:
     """One optimizer step.
@@ -58,6 +60,7 @@ def train_step(
         micro_batches: this rank's share of the global batch.
         step: counted from 0.
         stop: asked before each pass; True drops the step.
+        seen: called with the routings of each micro-batch, in their order.
         detail: whether to measure `StepDetail` too.
     Returns:
         StepMetrics, or None if the step was dropped: nothing changed then, random streams included.
@@ -80,6 +83,7 @@ def train_step(
         assert output.loss is not None
         engine.backward(output.loss, last=number == len(micro_batches))
         sums = add_output(sums, output, detail=detail)
+        seen(output.routings)
         if totals.counts_so_far is not None:
             totals = totals._replace(counts_so_far=sums.routing.counts[:, :-1])
     assert sums is not None
