@@ -18,7 +18,10 @@ setup(
     packages=find_namespace_packages(
         include=["kernels", "kernels.*", "moe", "moe.*", "train", "train.*"]
     ),
-    package_data={"kernels": ["tiles.json", "results/*.json"]},
+    package_data={
+        "kernels": ["tiles.json", "results/*.json"],
+        "train": ["report_template.html", "report_*.js"],
+    },
     install_requires=[
         "torch>=2.11",
         f"triton>=3.6; {TRITON_PLATFORMS}",

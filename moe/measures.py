@@ -200,3 +200,21 @@ def domain_divergence(assignments: Tensor) -> Tensor:
     mixture = share.sum(-2) / number.unsqueeze(-1)
     inside = torch.special.entr(share).sum(-1).sum(-1) / number
     return (torch.special.entr(mixture).sum(-1) - inside).clamp(min=0)
+
+
+def vocabulary_specialisation(assignments: Tensor, occurrences: Tensor, least: int = 8) -> Tensor:
+    """How much a token's id decides its expert: the largest share of its occurrences that one
+    expert got, the mean over ids that occur `least` times, weighted by their occurrences.
+
+    From K / E (each id spreads evenly) to 1 (each has an expert that it always goes to). It is
+    above K / E by chance too, as the largest of several: compare it with permuted ids.
+
+    Args:
+        assignments: (..., E, N) counts of N ids. occurrences: (N,) of each.
+    Returns:
+        (...,) float64; 0 where no id occurs often enough.
+    Source: OLMoE, arXiv 2409.02060, section 5.3 (there without the weights).
+    """
+    weight = occurrences.double() * (occurrences >= least)
+    share = assignments.double() / occurrences.clamp(min=1)
+    return (share.amax(-2) * weight).sum(-1) / weight.sum().clamp(min=1)

@@ -8,6 +8,7 @@ from checkpoint_cases import flip_bit
 from training_cases import run
 
 from train.checkpoint import RunLock
+from train.errors import ConfigError
 from train.generate import load_run, main, sample_text
 
 SAVED = {"training.steps": 30, "evaluation.every": 0, "checkpoint.every": 20}
@@ -97,6 +98,15 @@ def test_options_out_of_range_are_one_line(run_dir, arguments, message, capsys, 
     assert main([str(run_dir), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_an_older_checkpoint_can_be_asked_for(run_dir):
+    newest, older, again = (load_run(run_dir, step=step) for step in (None, 20, 30))
+    assert (newest[2], older[2], again[2]) == (30, 20, 30)
+    weights = [model.embedding.weight for model, _, _ in (newest, older, again)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+    with pytest.raises(ConfigError, match="has no checkpoint of step 25; it has: 20, 30"):
+        load_run(run_dir, step=25)
 
 
 def test_what_is_no_run_is_one_line(run_dir, tmp_path, capsys):

@@ -22,6 +22,7 @@ from moe.measures import (
     route_overlap,
     router_sums,
     starved_experts,
+    vocabulary_specialisation,
 )
 from moe.routing import make_routing
 
@@ -176,3 +177,14 @@ def test_domain_divergence_by_hand():
     counts = torch.tensor([[5, 5, 0], [0, 0, 0], [100, 200, 700]])
     assert domain_divergence(counts).item() == pytest.approx(by_hand, rel=1e-9)
     assert domain_divergence(torch.tensor([[4, 5], [0, 0]])).item() == 0
+
+
+def test_vocabulary_specialisation_by_hand():
+    # Two experts; ids seen 10, 8 and 7 times, of which the last is too rare to say anything.
+    assignments = torch.tensor([[[10, 2, 7], [0, 6, 0]], [[5, 4, 7], [5, 4, 7]]])
+    occurrences = torch.tensor([10, 8, 7])
+    values = vocabulary_specialisation(assignments, occurrences).tolist()
+    assert values == pytest.approx([(10 * 1.0 + 8 * 0.75) / 18, 0.5], rel=1e-12)
+    values = vocabulary_specialisation(assignments, occurrences, least=1).tolist()
+    assert values[1] == pytest.approx((10 * 0.5 + 8 * 0.5 + 7 * 1.0) / 25, rel=1e-12)
+    assert vocabulary_specialisation(assignments, occurrences, least=11).tolist() == [0, 0]

@@ -82,7 +82,7 @@ def test_wheel_holds_every_file_of_the_three_packages(wheel):
         path.relative_to(ROOT).as_posix()
         for name in ("kernels", "moe", "train")
         for path in (ROOT / name).rglob("*")
-        if path.suffix in (".py", ".json")
+        if path.suffix in (".py", ".json", ".html", ".js")
     }
     assert files == expected
 

@@ -54,6 +54,7 @@ __all__ = [
     "Checkpoint",
     "RunLock",
     "find_checkpoint",
+    "listed_checkpoints",
     "load_checkpoint",
     "newest_checkpoint",
     "open_checkpoint",
@@ -233,8 +234,12 @@ def _remove_or_warn(path: Path, warn: Callable[[str], None]) -> None:
         warn(f"cannot remove {path}: {error.strerror}; it is no longer needed")
 
 
-def _listed(run_dir: Path) -> list[tuple[int, Path]]:
-    """`_list_checkpoints` of a run, refused where something else is in their place."""
+def listed_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of a run's checkpoints, sound or not, newest first.
+
+    Raises:
+        ConfigError: where something else is in their place.
+    """
     directory = Path(run_dir) / "checkpoints"
     check_directory(directory, "the place of the checkpoints", writable=False)
     with storage_errors(directory):
@@ -269,7 +274,7 @@ def find_checkpoint(
     if ranks is None:
         return newest_checkpoint(run_dir, resume, warn, load_checkpoint)
     with agreeing(gather):
-        names_here = [path.name for _, path in _listed(run_dir)]
+        names_here = [path.name for _, path in listed_checkpoints(run_dir)]
     places = gather(names_here)
     for number, names in enumerate(places):
         if names != places[0]:
@@ -305,7 +310,7 @@ def newest_checkpoint(
         CheckpointError: there are checkpoints and all of them are damaged.
     """
     directory = Path(run_dir) / "checkpoints"
-    listed = _listed(run_dir)
+    listed = listed_checkpoints(run_dir)
     if not listed:
         if resume == "must":
             raise ConfigError(

@@ -178,8 +178,11 @@ class PreparedData:
         facts = self.facts(domain, "validation")
         return facts["bytes"] / facts["tokens"] if facts["tokens"] else float("nan")
 
-    def validation_batches(self, domain: str, batch_size: int, seq_len: int) -> Iterator[Batch]:
-        """The same sequences at every call: at most `data.validation_tokens` tokens, evenly spread.
+    def validation_batches(
+        self, domain: str, batch_size: int, seq_len: int, *, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """The same sequences at every call, evenly spread: at most `max_tokens`, by default
+        `data.validation_tokens`, but at least one sequence.
 
         The last batch may have fewer rows. A domain with less validation text than one sequence
         gives one row that is shorter; one without any gives nothing.
@@ -189,7 +192,8 @@ class PreparedData:
             return
         length = min(seq_len, len(tokens) - 1)
         chunks = (len(tokens) - 1) // length
-        count = min(chunks, max(1, self._validation_tokens // length))
+        wanted = self._validation_tokens if max_tokens is None else max_tokens
+        count = min(chunks, max(1, wanted // length))
         chosen = np.arange(count) * chunks // count
         index = self.domain_names.index(domain)
         for first in range(0, count, batch_size):

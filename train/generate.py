@@ -10,42 +10,67 @@ from torch import Tensor
 
 from moe.generate import generate
 from moe.model import MoETransformer
-from train.checkpoint import find_checkpoint
-from train.config import config_from_dict
+from train.checkpoint import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
+from train.config import RunConfig, config_from_dict
 from train.engine import choose_device, load_model
 from train.errors import ConfigError, DataError
 from train.program import guarded
 from train.tokenizer import Tokenizer, load_tokenizer
 
 
-def load_run(run_dir: Path, device: str = "auto") -> tuple[MoETransformer, Tokenizer, int]:
+def load_run(
+    run_dir: Path, device: str = "auto", step: int | None = None
+) -> tuple[MoETransformer, Tokenizer, int]:
     """The model and tokenizer of a run, and the step of the checkpoint.
 
+    Args: step: of the checkpoint; None takes the newest sound one.
     Raises:
-        ConfigError: if `run_dir` is not a run with a checkpoint.
-        CheckpointError: if all its checkpoints are damaged.
+        ConfigError: if `run_dir` is not a run with such a checkpoint.
+        CheckpointError: if it is damaged, or all are.
         DataError: if its tokenizer is missing or cannot be read.
     """
+    checkpoint = open_run(run_dir, step)
+    # Before the model, which may take minutes to build.
+    tokenizer = run_tokenizer(run_dir, checkpoint)
+    return load_trained_model(run_dir, checkpoint, device), tokenizer, checkpoint.step
+
+
+def open_run(run_dir: Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint of a run, tensors read when they are asked for; see `load_run`."""
     if not run_dir.is_dir():
         found = "a file, not a run directory" if run_dir.exists() else "no such run directory"
         raise ConfigError(f"{run_dir}: {found}; give the output_dir of a run")
-    checkpoint = find_checkpoint(
-        run_dir, "auto", lambda text: print(f"warning: {text}", file=sys.stderr)
+    if step is not None:
+        listed = dict(listed_checkpoints(run_dir))
+        if step not in listed:
+            steps = ", ".join(map(str, sorted(listed))) or "none"
+            raise ConfigError(f"{run_dir} has no checkpoint of step {step}; it has: {steps}")
+        return open_checkpoint(listed[step])
+    checkpoint = newest_checkpoint(
+        run_dir, "auto", lambda text: print(f"warning: {text}", file=sys.stderr), open_checkpoint
     )
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet; train first, or give another run")
-    # Before the model, which may take minutes to build.
-    tokenizer = _load_tokenizer(run_dir, checkpoint.state["identity"]["tokenizer"]["sha256"])
-    saved = checkpoint.state["config"]
-    saved["model"] = checkpoint.state["identity"]["model"]
-    config = config_from_dict(saved, source=str(run_dir))
+    return checkpoint
+
+
+def trained_config(run_dir: Path, checkpoint: Checkpoint) -> RunConfig:
+    """The settings that a checkpoint was trained with, its vocabulary known."""
+    saved = {**checkpoint.state["config"], "model": checkpoint.state["identity"]["model"]}
+    return config_from_dict(saved, source=str(run_dir))
+
+
+def load_trained_model(run_dir: Path, checkpoint: Checkpoint, device: str) -> MoETransformer:
+    """The model of a checkpoint, ready to evaluate."""
     with torch.device(choose_device(device)):
-        model = MoETransformer(config.model)
+        model = MoETransformer(trained_config(run_dir, checkpoint).model)
     load_model(model, checkpoint.tensors["model"])
-    return model.eval(), tokenizer, checkpoint.step
+    return model.eval()
 
 
-def _load_tokenizer(run_dir: Path, sha256: str) -> Tokenizer:
+def run_tokenizer(run_dir: Path, checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer beside the checkpoints, which must be that of the training."""
+    sha256 = checkpoint.state["identity"]["tokenizer"]["sha256"]
     path, way_out = run_dir / "tokenizer.json", "the run's training command puts the right one back"
     try:
         tokenizer = load_tokenizer(path)
@@ -122,7 +147,12 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{name} ({value}) is out of range; needs {needs}")
     if any("\ud800" <= character <= "\udfff" for character in options.prompt):
         raise ConfigError("--prompt is not UTF-8 text; give it in UTF-8")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    check_device(options.device)
+
+
+def check_device(option: str) -> None:
+    """Refuse `--device cuda` where there is none, in the words of the command line."""
+    if option == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda, but PyTorch sees no GPU; leave --device out, or install a CUDA build "
             "of torch (README, two commands)"

@@ -96,13 +96,16 @@ class VocabularyCounts:
 
     def add(self, ids: Tensor, routings: Sequence[Routing]) -> None:
         """Count (T,) tokens and the experts that each was sent to; ids below 0 count nowhere."""
+        self.add_routes(ids, [routing.topk_indices for routing in routings])
+
+    def add_routes(self, ids: Tensor, routes: Sequence[Tensor]) -> None:
+        """As `add`, from the (T, K) experts of each layer, -1 for none."""
         number = len(self.token_ids)
         place = torch.where(ids < 0, number, self._place[ids.clamp(min=0)])  # (T,)
         counts = self.occurrences.new_zeros(number + 1)
         self.occurrences += counts.index_add_(0, place, torch.ones_like(place))[:-1]
         num_experts = self.assignments.shape[1]
-        for layer, routing in enumerate(routings):
-            expert = routing.topk_indices
+        for layer, expert in enumerate(routes):
             expert = torch.where(expert < 0, num_experts, expert)  # (T, K)
             cell = (expert * (number + 1) + place.unsqueeze(-1)).flatten()
             flat = counts.new_zeros((num_experts + 1) * (number + 1))

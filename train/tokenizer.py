@@ -6,6 +6,7 @@ A byte-level BPE trained on the run's own training text, any `tokenizer.json`, o
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What one token stands for, which may be a part of a character's UTF-8; None for a special
+        token and for an id without one."""
+
     def save(self, path: Path) -> None:
         """Write what `load_tokenizer` reads."""
 
@@ -109,6 +114,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return bytes([token]) if token < 256 else None
 
     def save(self, path: Path) -> None:
         replace_file(path, json.dumps({"kind": "bytes"}) + "\n")
@@ -154,6 +162,8 @@ class FileTokenizer:
         pads = [p for p in (specials.get("pad_token"), PAD, "<pad>") if p in vocabulary]
         self.pad = vocabulary[pads[0]] if pads else self.end_of_text
         self._text = text
+        decoder = json.dumps(json.loads(text).get("decoder"))
+        self._byte_of = _byte_level_alphabet() if '"ByteLevel"' in decoder else {}
         identity = f"{text}\0{self.end_of_text}\0{self.pad}"
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
         self._specials = {"eos_token": ends[0]} | ({"pad_token": pads[0]} if pads else {})
@@ -168,11 +178,34 @@ class FileTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token == self.end_of_text:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder().get(token)
+        if added is not None:
+            return None if added.special else added.content.encode()
+        if self._byte_of and all(character in self._byte_of for character in piece):
+            return bytes(self._byte_of[character] for character in piece)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        # How SentencePiece writes a space.
+        return piece.replace("▁", " ").encode()
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json at `path` and tokenizer_config.json beside it."""
         replace_file(path, self._text)
         config = json.dumps(self._specials, ensure_ascii=False, indent=1)
         replace_file(path.with_name("tokenizer_config.json"), config + "\n")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character stands for in a byte-level vocabulary: the printable ones of
+    Latin-1 for themselves, the others from U+0100 on (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    pairs = {chr(byte): byte for byte in printable}
+    return pairs | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

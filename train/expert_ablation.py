@@ -1,0 +1,75 @@
+"""Which experts does a model need? Its loss with one expert at a time switched off."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.model import MoETransformer
+from train.analysis_text import HeldOutText, Reading, num_labels, progress, read, sum_by_domain
+from train.packing import Batch
+
+
+class Ablation(NamedTuple):
+    """D domains, L routed layers, E experts.
+
+    rise: (D, L, E) float64 nats per token that the loss of a domain rises by without the expert.
+    loss: (D,) with all experts. labels: (D,) tokens that were predicted, 0 where there is no text.
+    assignments: (L, E) int64 of the text.
+    """
+
+    rise: Tensor
+    loss: Tensor
+    labels: Tensor
+    assignments: Tensor
+
+    @property
+    def mean_rise(self) -> Tensor:
+        """(L, E) mean over domains with text, each counting the same."""
+        return self.rise[self.labels > 0].mean(0)
+
+
+def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
+    """Switch off one expert of one layer at a time, and read the text again.
+
+    The expert's assignments are taken away; the other experts of those tokens stay, their weights
+    as the router computes them without it (with `normalize`, they share out its weight). Later
+    layers choose anew.
+
+    Raises:
+        ValueError: if the model's router cannot take routes.
+    """
+    config = model.config
+    num_domains = len(text.data.domain_names)
+    layers, experts = len(config.moe_layers), config.moe.num_experts
+    loss, labels = torch.zeros(2, num_domains, dtype=torch.float64)
+    assignments = torch.zeros(layers, experts, dtype=torch.int64)
+    whole = []
+    for batch in text.mixed_batches():
+        reading = read(model, batch)
+        whole.append((batch, reading))
+        loss += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
+        labels += num_labels(batch, num_domains)
+        assignments += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
+    rise = torch.zeros(num_domains, layers, experts, dtype=torch.float64)
+    with progress("ablation", layers * experts, "experts") as done:
+        for layer in range(layers):
+            for expert in range(experts):
+                # Without a token, its absence cannot be noticed.
+                for batch, reading in whole if assignments[layer, expert] else ():
+                    without = read(model, batch, _routes_without(batch, reading, layer, expert))
+                    difference = without.losses.double() - reading.losses
+                    rise[:, layer, expert] += sum_by_domain(
+                        difference, batch.domain_ids, num_domains
+                    )
+                done(1)
+    each = labels.clamp(min=1)
+    return Ablation(rise / each[:, None, None], loss / each, labels, assignments)
+
+
+def _routes_without(batch: Batch, reading: Reading, layer: int, expert: int) -> list[Tensor | None]:
+    """The routes of one layer with -1 in the place of an expert; the others are free."""
+    chosen = reading.routings[layer].topk_indices.view(*batch.input_ids.shape, -1)  # (B, S, K)
+    routes: list[Tensor | None] = [None] * len(reading.routings)
+    routes[layer] = chosen.masked_fill(chosen == expert, -1)
+    return routes

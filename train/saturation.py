@@ -1,0 +1,193 @@
+"""When did the routes become what they are? The same text through several checkpoints of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.measures import (
+    dead_experts,
+    domain_expert_information,
+    effective_experts,
+    load_share,
+    max_violation,
+    route_overlap,
+)
+from moe.model import MoETransformer
+from train.analysis_text import HeldOutText, num_labels, progress, read, sum_by_domain
+from train.checkpoint import Checkpoint, listed_checkpoints, open_checkpoint
+from train.checkpoint_format import step_of
+from train.engine import load_model
+from train.errors import CheckpointError
+
+# Of all domains together.
+PROBE_TOKENS = 8192
+
+
+class Probe(NamedTuple):
+    """What a model does with the probe text: N tokens, D domains.
+
+    routes: (L, N, K) int16. load: (D, L, E) int64 assignments. loss: (D,) nats per token. labels:
+    (D,) tokens that were predicted, 0 where there is no text.
+    """
+
+    routes: Tensor
+    load: Tensor
+    loss: Tensor
+    labels: Tensor
+
+
+def probe(model: MoETransformer, text: HeldOutText) -> Probe:
+    """Read the probe text."""
+    num_domains, config = len(text.data.domain_names), model.config
+    load = torch.zeros(
+        num_domains, len(config.moe_layers), config.moe.num_experts, dtype=torch.int64
+    )
+    losses = torch.zeros(num_domains, dtype=torch.float64)
+    labels = torch.zeros(num_domains, dtype=torch.float64)
+    routes = []
+    for batch in text.batches():
+        reading = read(model, batch)
+        chosen = torch.stack([routing.topk_indices for routing in reading.routings])  # (L, T, K)
+        routes.append(chosen.to(torch.int16).cpu())
+        # A batch is of one domain.
+        domain = int(batch.domain_ids[0])
+        load[domain] += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
+        losses += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
+        labels += num_labels(batch, num_domains)
+    return Probe(torch.cat(routes, 1), load, losses / labels.clamp(min=1), labels)
+
+
+def compare_checkpoints(
+    run_dir: Path,
+    analysed: int,
+    model: MoETransformer,
+    text: HeldOutText,
+    *,
+    against: int | None,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Overlap of the routes of every other sound checkpoint with those of the analysed one.
+
+    One model at a time; afterwards `model` holds the weights of the last of them.
+
+    Args:
+        analysed: step of the checkpoint that `model` holds now. against: step of the one that is
+            compared in full, which must be sound.
+    Returns:
+        `probe_tokens`; `checkpoints`, each with `step` and `overlap` by layer, in the order of
+        steps; `against`, see `_in_full`, or None.
+    Raises:
+        CheckpointError: if `against` is damaged.
+    """
+    reference = probe(model, text)
+    others = [entry for entry in sorted(listed_checkpoints(run_dir)) if entry[0] != analysed]
+    rows, in_full = [], None
+    with progress("overlap", len(others), "other checkpoints") as done:
+        for step, path in others:
+            other = _open(path, step == against, warn)
+            if other is not None:
+                load_model(model, other.tensors["model"])
+                found = probe(model, text)
+                overlap = route_overlap(found.routes, reference.routes).tolist()
+                rows.append({"step": step, "overlap": overlap})
+                if step == against:
+                    in_full = {"step": step} | _in_full(model, text, found, reference)
+            done(1)
+    return {
+        "probe_tokens": reference.routes.shape[1],
+        "checkpoints": rows,
+        "against": in_full,
+    }
+
+
+def _open(path: Path, must: bool, warn: Callable[[str], None]) -> Checkpoint | None:
+    try:
+        return open_checkpoint(path)
+    except CheckpointError as error:
+        if must:
+            raise
+        warn(f"{error}; left out")
+        return None
+
+
+def _in_full(
+    model: MoETransformer, text: HeldOutText, found: Probe, reference: Probe
+) -> dict[str, Any]:
+    """What differs between a checkpoint and the analysed one, on the probe text.
+
+    `loss`: by domain `against` and `analysed`, nats per token. `layers`: `overlap` of the routes,
+    `load_moved`, the share of assignments that other experts get (half the sum of absolute
+    differences of load shares), and measures of each, `..._against` and `..._analysed`.
+    """
+    overlap = route_overlap(found.routes, reference.routes)
+    sides = {"against": found, "analysed": reference}
+    share = [load_share(side.load.sum(0)) for side in sides.values()]  # (L, E)
+    columns = {"overlap": overlap, "load_moved": (share[0] - share[1]).abs().sum(-1) / 2}
+    for name, side in sides.items():
+        load = side.load.sum(0)
+        columns |= {
+            f"max_violation_{name}": max_violation(load),
+            f"effective_experts_{name}": effective_experts(load),
+            f"dead_experts_{name}": dead_experts(load),
+            f"domain_information_{name}": domain_expert_information(side.load.transpose(0, 1)),
+        }
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return {
+        "layers": [
+            {"layer": layer, **dict(zip(columns, row, strict=True))}
+            for layer, row in zip(model.config.moe_layers, rows, strict=True)
+        ],
+        "loss": {
+            domain: {name: float(side.loss[index]) for name, side in sides.items()}
+            for index, domain in enumerate(text.data.domain_names)
+            if reference.labels[index] > 0
+        },
+    }
+
+
+def training_curve(
+    run_dir: Path, layers: int, top_k: int, warn: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Overlap of the routes at each evaluation of the training with those at the last one.
+
+    RUN/probe_routes/step_XXXXXXXX.npy hold int16 (N, L, K), the experts of the same N tokens.
+
+    Returns:
+        `probe_tokens`, `steps`, and `overlap` (steps, L); None without two such files.
+    """
+    reference: Tensor | None = None
+    overlap: dict[int, list[float]] = {}
+    # From the last one on, with which the others are compared.
+    for path in sorted((run_dir / "probe_routes").glob("step_*.npy"), reverse=True):
+        step = step_of(path.with_suffix(""))
+        if step is None:
+            continue
+        try:
+            found = _routes_of(path, None if reference is None else len(reference), layers, top_k)
+        except (OSError, ValueError, EOFError) as error:
+            warn(f"{path}: {error}; left out")
+            continue
+        if reference is None:
+            reference = found
+        overlap[step] = route_overlap(found.transpose(0, 1), reference.transpose(0, 1)).tolist()
+    if reference is None or len(overlap) < 2:
+        return None
+    steps = sorted(overlap)
+    return {
+        "probe_tokens": len(reference),
+        "steps": steps,
+        "overlap": [overlap[step] for step in steps],
+    }
+
+
+def _routes_of(path: Path, tokens: int | None, layers: int, top_k: int) -> Tensor:
+    """(N, L, K) int16; ValueError if the file does not hold that."""
+    found = np.load(path, allow_pickle=False)
+    wanted = (len(found) if tokens is None else tokens, layers, top_k) if found.ndim else ()
+    if found.dtype != np.int16 or found.shape != wanted:
+        raise ValueError(f"holds {found.dtype} {found.shape}, needs int16 {wanted or '(N, L, K)'}")
+    return torch.from_numpy(found)
