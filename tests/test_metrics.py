@@ -51,8 +51,9 @@ from train.metrics import (
     norm_group,
     routing_sums,
 )
-from train.metrics_writer import MetricsWriter, StepFacts
+from train.metrics_writer import MetricsWriter
 from train.probe import ProbeRoutes
+from train.scalars import StepFacts
 from train.step import train_step
 from train.validation import evaluate
 

@@ -350,8 +350,9 @@ def other_text(tmp_path: Path) -> dict[str, Any]:
 )
 def test_routes_of_other_tokens_or_experts_are_refused(changes, line, tmp_path, noted):
     changes = changes(tmp_path) if callable(changes) else changes
+    changes = CALM | changes | replay(calm_recording())
     with Recorder() as recorder:
-        assert run(tmp_path / "run", CALM | changes | replay(calm_recording())) == 2
+        assert run(tmp_path / "run", changes) == 2
     told = noted()
     assert told.startswith(f"routes.replay ({calm_recording()}) does not fit this run:\n")
     assert line in told and told.endswith("or record again with these")

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_output(output, options.run)
         data = _data_of_run(options, config, checkpoint)
         model = load_trained_model(options.run, checkpoint, options.device)
-        with storage_errors(output), _whole_files(output) as paths:
+        with storage_errors(output, setting="--output"), _whole_files(output) as paths:
             analysis = _analyse(options, checkpoint.step, config, data, model, paths[FILES[0]])
             paths["analysis.json"].write_bytes(json_text(analysis).encode())
             paths["report.html"].write_bytes(render_html(analysis).encode())

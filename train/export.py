@@ -23,7 +23,7 @@ def export_weights(weights: StoredGroup, output: Path) -> None:
         ConfigError, NoSpaceError: if the file cannot be written.
     """
     temporary = output.with_name(SAVING + output.name)
-    with storage_errors(output):
+    with storage_errors(output, setting="--output"):
         temporary.unlink(missing_ok=True)
         try:
             write_durably(temporary, stream_safetensors(weights.kinds, weights.stream))

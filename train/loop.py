@@ -14,9 +14,10 @@ from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import Engine
 from train.metrics import LoadHistory, LoadWindow, StepMetrics
-from train.metrics_writer import MetricsWriter, StepFacts
+from train.metrics_writer import MetricsWriter
 from train.packing import TrainLoader
 from train.routes import RunRoutes
+from train.scalars import StepFacts
 from train.status import Status, StatusLine, peak_flops
 from train.step import read_step, router_biases, train_step
 from train.validation import Evaluation, evaluate

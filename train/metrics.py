@@ -2,7 +2,7 @@
 
 Counts, losses and flags are summed at every step; what a router is like and how large gradients
 and weights are, only at the steps that are logged. `moe/GLOSSARY.md` says what each number means,
-`train/metrics_writer.py` under which tag it appears.
+`train/scalars.py` under which tag it appears.
 """
 
 import resource

@@ -20,11 +20,12 @@ from train.config import RunConfig, load_config
 from train.engine import build_engine
 from train.errors import ConfigError
 from train.metrics import LoadHistory, LoadWindow, StepMetrics
-from train.metrics_writer import MetricsWriter, StepFacts
+from train.metrics_writer import MetricsWriter
 from train.packing import TrainLoader
 from train.program import guarded
 from train.random_state import seed_all
 from train.rank_bench import RandomTokens
+from train.scalars import StepFacts
 from train.step import read_step, router_biases, train_step
 from train.tokenizer import planned_vocab_size, with_vocab_size
 

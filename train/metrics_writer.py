@@ -1,15 +1,14 @@
-"""Under which TensorBoard tag does each number, picture and text appear?
+"""How do scalars, pictures, histograms and text reach TensorBoard, and what if they cannot?
 
-Tags live here and nowhere else; `moe/GLOSSARY.md` explains each. `health/` comes first in
-TensorBoard's alphabetical order: its page answers whether the run is well. A measure by layer is
-`GROUP/MEASURE/layerNN`, over all layers `GROUP/MEASURE/all_layers` or in `health/`.
+Tags live here (pictures, histograms, text) and in `train/scalars.py`; `moe/GLOSSARY.md` explains
+each.
 """
 
 import textwrap
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -18,15 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from moe.measures import (
-    co_activation,
-    coefficient_of_variation,
-    dead_experts,
-    effective_experts,
-    gini,
-    max_violation,
-    starved_experts,
-)
+from moe.measures import co_activation
 from train.alarms import Alarm
 from train.config import RunConfig, dump_config
 from train.data import PreparedData
@@ -41,37 +32,17 @@ from train.figures import (
 from train.metrics import LOGIT_BINS, LOGIT_BOUND, LoadHistory, StepMetrics
 from train.probe import ProbeRoutes
 from train.route_statistics import VocabularyCounts
+from train.scalars import (
+    StepFacts,
+    chart_layout,
+    evaluation_scalars,
+    layer_tag,
+    step_scalars,
+)
 from train.validation import Evaluation
 
 # Tokens of each expert, and experts of each layer, in a table of the tokens that experts like.
 _TOP_TOKENS, _TOP_EXPERTS = 8, 64
-
-# How a measure by layer becomes one number of all layers, and its tag where that is in `health/`.
-_OVER_LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
-    "load/max_violation": (torch.max, "health/max_violation"),
-    "load/max_violation_window": (torch.max, "health/max_violation_window"),
-    "load/effective_experts": (torch.min, "health/effective_experts"),
-    "load/dead_experts": (torch.sum, "health/dead_experts"),
-    "load/starved_experts": (torch.sum, "health/starved_experts"),
-    "load/dropped_percent": (torch.max, "health/dropped_percent"),
-    "load/tokens_per_expert_min": (torch.min, None),
-    "load/tokens_per_expert_max": (torch.max, None),
-    "load/coefficient_of_variation": (torch.max, None),
-    "load/gini": (torch.max, None),
-    "router/entropy": (torch.mean, "health/router_entropy"),
-    "router/confidence": (torch.mean, None),
-    "router/margin": (torch.mean, None),
-    "router/logit_norm": (torch.mean, None),
-    "router/logsumexp": (torch.mean, None),
-    "router/logit_max": (torch.max, "health/logit_max"),
-    "router/bias_range": (torch.max, None),
-    "router/overlap_with_last_evaluation": (torch.mean, None),
-    "specialisation/domain_information": (torch.mean, None),
-    "specialisation/domain_information_shuffled": (torch.mean, None),
-    "specialisation/domain_divergence": (torch.mean, None),
-    "specialisation/repeat_rate": (torch.mean, None),
-}
-
 
 # What decides what is learnt; where it is written, and how often one looks, does not.
 _HYPER_PARAMETERS = {"model", "optimizer", "parallel", "schedule", "seed", "training"}
@@ -83,37 +54,6 @@ _WRAPPER = textwrap.TextWrapper(
     replace_whitespace=False,
     expand_tabs=False,
 )
-
-
-class StepFacts(NamedTuple):
-    """What is logged of a step beside its StepMetrics.
-
-    window: (L, E) assignments, `LoadWindow`. seconds: of the step. mfu: None where the peak is not
-    known. bias: (L, E) of the routers, None where they have none. alarms: raised at the step.
-    """
-
-    window: Tensor
-    seconds: float
-    mfu: float | None = None
-    bias: Tensor | None = None
-    alarms: tuple[Alarm, ...] = ()
-
-
-def load_measures(tokens_per_expert: Tensor, num_dropped: Tensor, window: Tensor) -> dict:
-    """Tensors (L,) by name, of (L, E) assignments of a step and of a window, (L,) dropped ones."""
-    offered = (tokens_per_expert.sum(-1) + num_dropped).clamp(min=1)
-    return {
-        "max_violation": max_violation(tokens_per_expert),
-        "max_violation_window": max_violation(window),
-        "coefficient_of_variation": coefficient_of_variation(tokens_per_expert),
-        "gini": gini(tokens_per_expert),
-        "effective_experts": effective_experts(tokens_per_expert),
-        "dead_experts": dead_experts(window),
-        "starved_experts": starved_experts(window),
-        "tokens_per_expert_min": tokens_per_expert.amin(-1),
-        "tokens_per_expert_max": tokens_per_expert.amax(-1),
-        "dropped_percent": 100 * num_dropped / offered,
-    }
 
 
 class MetricsWriter:
@@ -143,7 +83,7 @@ class MetricsWriter:
         purge_step = first_step if first_step > 0 else None
         threading.excepthook = self._on_thread_error
         self._writer = SummaryWriter(str(self._directory), purge_step=purge_step, flush_secs=20)
-        self._writer.add_custom_scalars(self._layout())
+        self._writer.add_custom_scalars(chart_layout(self.layers))
         self._add_text("config", dump_config(self._config), first_step)
         self._add_hyper_parameters()
 
@@ -187,73 +127,15 @@ class MetricsWriter:
         except OSError:
             return
 
-    def _layout(self) -> dict:
-        """The page "custom scalars": all layers of one measure in a chart."""
-        if not self.layers:
-            return {}
-
-        def chart(measure: str) -> list:
-            return ["Multiline", [f"{measure}/{_layer_tag(layer)}" for layer in self.layers]]
-
-        pages: dict[str, dict[str, list]] = {"load": {}, "router": {}, "specialisation": {}}
-        for measure in _OVER_LAYERS:
-            group, name = measure.split("/")
-            if not name.endswith("_shuffled"):
-                pages[group][f"{name.replace('_', ' ')} by layer"] = chart(measure)
-        return pages
-
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
         """All in one event: an event each would take ten times as long."""
         assert self._writer is not None
         entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._writer._get_file_writer().add_summary(Summary(value=entries), step)
 
-    def _by_layer(self, measures: dict[str, Tensor]) -> dict[str, float]:
-        """Scalars of measures `GROUP/MEASURE` (L,): by layer and over layers."""
-        values = {}
-        for measure, by_layer in measures.items():
-            reduce, tag = _OVER_LAYERS[measure]
-            over = reduce(by_layer.double()) if len(by_layer) else torch.zeros(())
-            values[tag or f"{measure}/all_layers"] = float(over)
-            for layer, value in zip(self.layers, by_layer.tolist(), strict=True):
-                values[f"{measure}/{_layer_tag(layer)}"] = value
-        return values
-
     def write_step(self, metrics: StepMetrics, facts: StepFacts) -> None:
         """Scalars of one step."""
-        values = {
-            "health/lm_loss": metrics.lm_loss,
-            "health/gradient_norm": metrics.gradient_norm,
-            "health/alarms": len(facts.alarms),
-            "optimizer/learning_rate": metrics.learning_rate,
-            "speed/tokens_per_second": metrics.num_tokens / facts.seconds,
-            "speed/step_time_ms": facts.seconds * 1e3,
-        }
-        if facts.mfu is not None:
-            values["speed/mfu"] = facts.mfu
-        for name, value in metrics.aux_losses.items():
-            values[f"loss/{name}"] = value
-            values[f"loss/{name}_coefficient"] = metrics.aux_coefficients[name]
-        measures: dict[str, Tensor] = {}
-        if self.layers:
-            load = load_measures(metrics.tokens_per_expert, metrics.num_dropped, facts.window)
-            measures = {f"load/{name}": value for name, value in load.items()}
-        if facts.bias is not None:
-            measures["router/bias_range"] = facts.bias.amax(-1) - facts.bias.amin(-1)
-        if metrics.detail is not None:
-            detail = metrics.detail
-            values["speed/memory_gib"] = detail.memory_gib
-            for group, norm in detail.gradient_norms.items():
-                values[f"norm/gradient_{group}"] = norm
-            for group, norm in detail.weight_norms.items():
-                values[f"norm/weight_{group}"] = norm
-            if self.layers:
-                means = detail.routers._asdict().items()
-                measures |= {f"router/{name}": value for name, value in means}
-        values |= self._by_layer(measures)
-        if len(metrics.work_seconds) > 1:
-            work = metrics.work_seconds
-            values["speed/slowest_rank_share"] = float(work.max() / work.mean().clamp(min=1e-9))
+        values = step_scalars(metrics, facts, self.layers)
         self._guarded(metrics.step, lambda: self._add_scalars(values, metrics.step))
 
     def write_alarms(self, alarms: Iterable[Alarm]) -> None:
@@ -272,10 +154,10 @@ class MetricsWriter:
                 self._add_figure("router/bias", bias_map(facts.bias, self.layers), step)
             for index, layer in enumerate(self.layers):
                 share = facts.window[index] / facts.window[index].float().mean().clamp(min=1e-9)
-                self._writer.add_histogram(f"load/share/{_layer_tag(layer)}", share, step)
+                self._writer.add_histogram(f"load/share/{layer_tag(layer)}", share, step)
                 if metrics.detail is not None:
                     counts = metrics.detail.logit_counts[index]
-                    self._add_logits(f"router/logits/{_layer_tag(layer)}", counts, step)
+                    self._add_logits(f"router/logits/{layer_tag(layer)}", counts, step)
 
         if self.layers:
             self._guarded(metrics.step, write)
@@ -310,18 +192,7 @@ class MetricsWriter:
             overlap = self._probe.exchange(step, evaluation.probe_routes)
         except OSError as error:
             self._warn(f"{self._probe.folder}: {error}; the routes of step {step} are not kept")
-        values = {"validation/mean_loss": evaluation.mean_loss}
-        values |= {f"validation/{domain}": loss for domain, loss in evaluation.loss.items()}
-        if self.layers:
-            measures = {
-                "specialisation/domain_information": evaluation.information,
-                "specialisation/domain_information_shuffled": evaluation.shuffled_information,
-                "specialisation/domain_divergence": evaluation.divergence,
-                "specialisation/repeat_rate": evaluation.repeat_rate,
-            }
-            if overlap is not None:
-                measures["router/overlap_with_last_evaluation"] = overlap
-            values |= self._by_layer(measures)
+        values = evaluation_scalars(evaluation, overlap, self.layers)
 
         def write() -> None:
             assert self._writer is not None
@@ -329,7 +200,7 @@ class MetricsWriter:
             for index, layer in enumerate(self.layers):
                 self._add_pictures(evaluation, data, history, index, step)
                 text = token_table(evaluation.vocabulary, index, data)
-                self._add_text(f"specialisation/top_tokens/{_layer_tag(layer)}", text, step)
+                self._add_text(f"specialisation/top_tokens/{layer_tag(layer)}", text, step)
             self._writer.flush()
 
         self._guarded(step, write)
@@ -344,7 +215,7 @@ class MetricsWriter:
     ) -> None:
         """A picture a layer: cards are narrow, and text in one of all would be unreadable."""
         layer, model = self.layers[index], self._config.model
-        tag = _layer_tag(layer)
+        tag = layer_tag(layer)
         counts = evaluation.tokens_per_expert[:, index : index + 1]
         domains = domain_expert_map(counts, data.domain_names, (layer,))
         self._add_figure(f"specialisation/domains/{tag}", domains, step)
@@ -381,10 +252,6 @@ class MetricsWriter:
             self._guard(self._writer.close)
             self._writer = None
         threading.excepthook = self._excepthook
-
-
-def _layer_tag(layer: int) -> str:
-    return f"layer{layer:02d}"
 
 
 def hyper_parameters(settings: Any, path: str = "") -> dict[str, bool | int | float | str]:

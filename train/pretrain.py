@@ -387,6 +387,11 @@ def finish(
         status.message(f"which experts read which domain:  {run_dir / 'domain_expert_map.png'}")
     programs = Path(sys.executable).parent
     here = f"{os.path.relpath(programs)}/" if programs.is_relative_to(Path.cwd()) else ""
+    if summary["layers"]:
+        status.message(
+            f"what the experts learnt:           {here}python -m train.analyze "
+            f"{shlex.quote(str(run_dir))}"
+        )
     if config.logging.tensorboard:
         status.message(
             f"the curves:                        {here}tensorboard --logdir "

@@ -326,7 +326,7 @@ def _main(options: Any, overrides: list[str]) -> int:
     if ranks.rank == 0:
         print(render(facts))
         if options.json:
-            with storage_errors(options.json):
+            with storage_errors(options.json, setting="--json"):
                 make_directory(options.json.parent)
                 replace_file(options.json, json.dumps(facts, indent=1) + "\n")
     disconnect()

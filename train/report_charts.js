@@ -247,10 +247,13 @@ function lineChart(chart) {
       const name = label(left - 8, yAt(y) + 4, y.toFixed(1), "end");
       svg.append(level(y, "stroke: var(--line)"), name);
     }
-    const every = Math.ceil((chart.x.length * 60) / (width - left));
-    chart.x.forEach((x, i) => {
-      if (i % every === 0) svg.append(label(xAt(x), bottom + 18, whole(x)));
-    });
+    // From the right, which is what the others are compared with, as far as they have room.
+    let free = Infinity;
+    for (const x of [...chart.x].sort((a, b) => b - a)) {
+      if (xAt(x) > free) continue;
+      svg.append(label(xAt(x), bottom + 18, whole(x)));
+      free = xAt(x) - 60;
+    }
     svg.append(label((left + width) / 2, height - 6, chart.xTitle));
     const middle = (top + bottom) / 2;
     const turned = { transform: `rotate(-90 14 ${middle})` };
