@@ -66,6 +66,17 @@ def _mask_groups(scores: Tensor, num_groups: int, groups_kept: int) -> Tensor:
     return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).view_as(scores)
 
 
+def _weights(probs: Tensor, topk_indices: Tensor, normalize: bool) -> Tensor:
+    """(T, K) the probabilities of the chosen experts."""
+    weights = probs.gather(-1, topk_indices)
+    return _normalized(weights) if normalize else weights
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
 def fused_topk(
     router_logits: Tensor,
     top_k: int,
@@ -134,10 +145,7 @@ def fused_topk(
         if groups is not None:
             choice = _mask_groups(choice, *groups)
         topk_indices = lowest_index_topk(choice, top_k)  # (T, K)
-        topk_weights = probs.gather(-1, topk_indices)  # (T, K)
-        if normalize:
-            # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        topk_weights = _weights(probs, topk_indices, normalize)
     return TopK(topk_weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))
 
 
@@ -162,15 +170,17 @@ def weights_of(
     check_shape("weights_of", "router_logits", router_logits, (None, None))
     check_shape("weights_of", "topk_indices", topk_indices, (len(router_logits), None))
     check_same_device("weights_of", router_logits=router_logits, topk_indices=topk_indices)
+    if topk_indices.dtype != torch.int64:
+        raise ValueError(f"weights_of: topk_indices is {topk_indices.dtype}, must be torch.int64")
     if score not in SCORES:
         raise ValueError(f"weights_of: score ({score!r}) must be one of {', '.join(SCORES)}")
     with no_autocast(router_logits):
         logits = at_least_float32(router_logits)
         probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
-        weights = probs.gather(-1, topk_indices.clamp(min=0))  # (T, K)
+        weights = _weights(probs, topk_indices.clamp(min=0), False)  # (T, K)
         weights = weights.masked_fill(topk_indices < 0, 0)
         if normalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+            weights = _normalized(weights)
     return TopK(weights, topk_indices, probs, torch.isfinite(logits.detach()).all(-1))
 
 

@@ -95,8 +95,7 @@ def expert_parallel_dispatch(
     theirs = torch.empty_like(ours)  # (E,): from rank 0 to each of our experts, from rank 1, ...
     counting = dist.all_to_all_single(theirs, ours, group=group, async_op=True)
     rows = permute(x, plan)  # (R, D), while the counts are under way
-    with waiting():
-        counting.wait()
+    _wait(counting, waiting)
     send, receive = torch.stack([ours, theirs]).view(2, size, -1).sum(-1).tolist()
     # Rows without an assignment stay here; no token asks for them.
     staying = plan.num_rows - sum(send)
@@ -116,6 +115,13 @@ def expert_parallel_dispatch(
         back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
     out = unpermute(back, plan, routing.topk_weights)
     return out if beside is None else out + beside
+
+
+# Whoever compiles the model need not look into the clock.
+@torch.compiler.disable
+def _wait(work: Any, waiting: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    with waiting():
+        work.wait()
 
 
 class _Exchange:
@@ -145,8 +151,7 @@ class _Exchange:
     def wait(self) -> Tensor:
         assert self._under_way is not None
         work, _, arrived = self._under_way
-        with self.waiting():
-            work.wait()
+        _wait(work, self.waiting)
         self._under_way = None
         return arrived
 

@@ -16,7 +16,7 @@ from moe.routing import Routing
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio = max_i c_i / mean(c) - 1 over the last dimension: 0 when balanced, E - 1 at collapse.
+    """MaxVio = max_i c_i / mean(c) - 1 over the last dimension: 0 when balanced, E/K - 1 at most.
 
     Args: tokens_per_expert: (..., E) counts.
     Returns: (...,) float32; 0 where nothing was counted.
@@ -51,7 +51,8 @@ def coefficient_of_variation(tokens_per_expert: Tensor) -> Tensor:
 
 
 def gini(tokens_per_expert: Tensor) -> Tensor:
-    """Gini coefficient of the load, 0 at balance, 1 - 1/E at collapse: (..., E) -> (...,).
+    """Gini coefficient of the load, 0 at balance, 1 - K/E where K experts have it all:
+    (..., E) -> (...,).
 
     sum_i (2 i - E - 1) c_i / (E sum c), the counts in rising order, i from 1.
     """
@@ -139,6 +140,20 @@ def co_activation(counts: Tensor) -> Tensor:
     """P(j | i) = N_ij / N_i from `co_activation_counts`: (..., E, E), rows of unused experts 0."""
     used = torch.diagonal(counts, dim1=-2, dim2=-1).unsqueeze(-1)
     return counts / used.clamp(min=1)
+
+
+def independent_co_activation(counts: Tensor) -> Tensor:
+    """What P(j | i) would be, were the other choices of a token that chose i independent of it:
+    they are spread over the other experts by their loads, (..., E, E); the diagonal is 1.
+
+    Args: counts: `co_activation_counts`.
+    """
+    chosen = torch.diagonal(counts, dim1=-2, dim2=-1)  # (..., E)
+    others = (counts.sum(-1) - chosen) / chosen.clamp(min=1)  # choices beside i, mean
+    elsewhere = (chosen.sum(-1, keepdim=True) - chosen).clamp(min=1)
+    expected = (others / elsewhere).unsqueeze(-1) * chosen.unsqueeze(-2)
+    own = torch.eye(counts.shape[-1], dtype=torch.bool, device=counts.device)
+    return expected.masked_fill(own, 1.0)
 
 
 def route_overlap(routes: Tensor, reference: Tensor) -> Tensor:

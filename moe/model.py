@@ -49,7 +49,7 @@ class ModelOutput(NamedTuple):
     logsumexp of the head, if `model.lm_z_loss_weight` is set; num_labels () counted labels;
     aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers; aux_share
     () this pass's share of the step's tokens, and aux_coefficients () each, what each of the losses
-    was multiplied by in `loss`;
+    was multiplied by in `loss`; lm_z_coefficient () the same of lm_z_loss;
     logits (B, S, V); routings, one a routed layer; caches, one a block.
     """
 
@@ -63,6 +63,7 @@ class ModelOutput(NamedTuple):
     caches: tuple[KVCache, ...]
     aux_share: Tensor | None = None
     aux_coefficients: tuple[Tensor, ...] = ()
+    lm_z_coefficient: Tensor | None = None
 
 
 class TransformerBlock(nn.Module):
@@ -301,10 +302,11 @@ class MoETransformer(nn.Module):
     ) -> ModelOutput:
         """Add the losses; with totals, `loss` is this pass's share of the step's."""
         loss = lm.loss
-        aux_share = torch.ones_like(loss)
+        lm_share = aux_share = torch.ones_like(loss)
         if totals is not None:
             # At least 1: a step may have no label at all. A quotient of integers would be float32.
-            loss = loss * (lm.num_tokens.to(loss.dtype) / totals.num_labels.clamp(min=1))
+            lm_share = lm.num_tokens.to(loss.dtype) / totals.num_labels.clamp(min=1)
+            loss = loss * lm_share
             if output.routings:
                 num_tokens = output.routings[0].num_tokens.to(loss.dtype)
                 aux_share = num_tokens / totals.num_tokens.clamp(min=1)
@@ -322,6 +324,7 @@ class MoETransformer(nn.Module):
             num_labels=lm.num_tokens,
             aux_share=aux_share,
             aux_coefficients=tuple(coefficients),
+            lm_z_coefficient=z_weight * lm_share if z_weight else None,
         )
 
 

@@ -286,8 +286,8 @@ def test_the_numbers_are_those_of_the_end_of_the_run(run_dir, analysis):
     for ours, theirs in {
         "max_violation": "max_violation",
         "effective_experts": "effective_experts",
-        "domain_information": "domain_expert_information",
-        "domain_information_shuffled": "shuffled_control",
+        "domain_information": "domain_information",
+        "domain_information_shuffled": "domain_information_shuffled",
     }.items():
         assert layer_column(analysis, ours) == [layer[theirs] for layer in summary["layers"]]
     assert analysis["loss"]["mean"] == pytest.approx(summary["mean_loss"], rel=1e-6)
@@ -511,7 +511,7 @@ def test_routes_that_the_training_wrote_become_a_curve(run_dir, tmp_path, capsys
             assert overlap[layer] == pytest.approx(same / (50 * K), rel=1e-12)
     assert found["overlap"][-1] == [1, 1]
     error = capsys.readouterr().err
-    assert "step_00000030.npy: holds int16 (49, 2, 2), needs int16 (50, 2, 2); left out" in error
+    assert "probe_routes, step 30: holds (49, 2, 2), needs (50, 2, 2) (N, L, K); left out" in error
     assert error.count("left out") == 3
 
 

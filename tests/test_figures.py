@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.colors import TwoSlopeNorm
 
-from moe.measures import co_activation, co_activation_counts
+from moe.measures import co_activation_counts
 from train.figures import (
     bias_map,
     co_activation_map,
@@ -137,10 +137,13 @@ def test_each_cell_of_the_co_activation_map_has_the_color_of_its_number(num_expe
     together = np.zeros((num_experts, num_experts))
     for token in chosen:
         together[np.ix_(token, token)] += 1
-    multiple = together / np.diagonal(together)[:, None] * (num_experts - 1) / (top_k - 1)
+    # The other K - 1 choices, spread over the other experts by their loads.
+    load = np.diagonal(together)
+    expected_share = (top_k - 1) * load[None] / (load.sum() - load[:, None])
+    multiple = together / load[:, None] / expected_share
 
-    given = co_activation(co_activation_counts(torch.from_numpy(chosen), num_experts))
-    pixels = render(co_activation_map(given, 3, top_k))
+    counts = co_activation_counts(torch.from_numpy(chosen), num_experts)
+    pixels = render(co_activation_map(counts, 3))
     found = cell_colors(pixels, boxes(pixels)[0], num_experts, num_experts)
     expected = expected_colors(multiple, "RdBu_r", 0, 1, 4)
     expected[np.arange(num_experts), np.arange(num_experts)] = GREY
@@ -186,9 +189,10 @@ def test_the_hottest_expert_is_the_hottest_cell_of_the_png(num_experts, tmp_path
 
 @pytest.mark.parametrize("num_experts", (8, 32, 100, 256))
 def test_the_closest_pair_is_the_hottest_cell(num_experts):
-    given = torch.full((num_experts, num_experts), 1 / (num_experts - 1)).fill_diagonal_(1)
-    given[1, num_experts - 2] = 1
-    pixels = render(co_activation_map(given, 0, 2))
+    counts = torch.ones(num_experts, num_experts).fill_diagonal_(num_experts - 1)
+    counts[1, torch.arange(num_experts) != 1] = 0.1
+    counts[1, num_experts - 2] = num_experts - 1
+    pixels = render(co_activation_map(counts, 0))
     box = boxes(pixels)[0]
     expected = cell_box(box, 1, num_experts, num_experts - 2, num_experts)
     assert hot_box(pixels, box, HOTTEST_LOAD) == expected
@@ -241,12 +245,11 @@ def draw_all(layers: int, experts: int, domains: int, intervals: int, fill=torch
     """Every picture of such numbers, by name."""
     names, blocks = DOMAINS[:domains], tuple(range(layers))
     edges = tuple(7 * number**2 for number in range(intervals + 1))
-    top_k = min(2, experts)
     counts = fill(domains, layers, experts)
     return {
         "load": load_heat_map(fill(layers, experts), blocks),
         "history": load_history(fill(intervals, experts), edges, 0),
-        "co-activation": co_activation_map(fill(experts, experts), 0, top_k),
+        "co-activation": co_activation_map(fill(experts, experts), 0),
         "bias": bias_map(-0.0012 * fill(layers, experts), blocks),
         "domains": domain_expert_map(counts, names, blocks),
         "domains of a layer": domain_expert_map(counts[:, :1], names, blocks[:1]),
@@ -296,19 +299,21 @@ def test_what_was_never_counted_is_grey():
     assert (cell_colors(pixels, boxes(pixels)[0], 2, 8) > 240).all()
 
 
-def test_only_the_expert_that_is_never_chosen_has_a_grey_row():
-    given = torch.full((4, 4), 1 / 3).fill_diagonal_(1)
-    given[2] = given[:, 2] = 0
-    pixels = render(co_activation_map(given, 0, 2))
+def test_an_expert_that_is_never_chosen_is_grey():
+    counts = torch.ones(4, 4).fill_diagonal_(2)
+    counts[2] = counts[:, 2] = 0
+    counts[0, 1] = counts[1, 0] = 0
+    pixels = render(co_activation_map(counts, 0))
     colors = cell_colors(pixels, boxes(pixels)[0], 4, 4)
     grey = (colors == GREY).all(-1)
-    assert (grey == (np.eye(4, dtype=bool) | (np.arange(4) == 2)[:, None])).all()
-    # That it is never chosen beside another is a number.
-    assert_same_colors(colors[0, 2], expected_colors(0, "RdBu_r", 0, 1, 4))
+    unused = np.arange(4) == 2
+    assert (grey == (np.eye(4, dtype=bool) | unused[:, None] | unused[None])).all()
+    # That two that are used never meet is a number.
+    assert_same_colors(colors[0, 1], expected_colors(0, "RdBu_r", 0, 1, 4))
 
 
 def test_co_activation_of_one_expert_a_token_is_grey():
-    pixels = render(co_activation_map(torch.eye(8), 0, 1))
+    pixels = render(co_activation_map(torch.eye(8), 0))
     assert (cell_colors(pixels, boxes(pixels)[0], 8, 8) == GREY).all()
 
 

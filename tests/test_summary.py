@@ -26,6 +26,7 @@ def evaluation() -> Evaluation:
         information=torch.tensor([0.25, 0.0]),
         shuffled_information=torch.tensor([0.01, 0.0]),
         divergence=torch.tensor([0.5, 0.0]),
+        sequence_violation=torch.zeros(2),
         co_activation=torch.zeros(2, 4, 4),
         repeat_rate=torch.tensor([0.25, 0.75]),
         vocabulary=VocabularyCounts(tiny_config(), torch.zeros(0).long()),

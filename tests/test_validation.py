@@ -116,6 +116,7 @@ def test_domains_count_the_same_in_the_means(tmp_path):
         information=none,
         shuffled_information=none,
         divergence=none,
+        sequence_violation=none,
         co_activation=none,
         repeat_rate=none,
         vocabulary=VocabularyCounts(make_config(tmp_path).model, none.long()),
@@ -252,6 +253,12 @@ def test_what_experts_were_chosen_for_by_hand(trained):
                     same += first[position] == first[position - 1]
         assert torch.equal(result.tokens_per_expert[:, layer], load)
         assert torch.equal(result.co_activation[layer], pairs)
+        violations = []
+        for _, _, _, routes, _ in sequences:
+            chosen = Counter(expert for token in routes[layer] for expert in token)
+            violations.append(max(chosen.values()) * num_experts / sum(chosen.values()) - 1)
+        mean = sum(violations) / len(violations)
+        assert float(result.sequence_violation[layer]) == pytest.approx(mean, rel=1e-6)
         assert float(result.repeat_rate[layer]) == pytest.approx(same / both)
         shares = [[c / sum(row) for c in row] for row in load.tolist()]
         middle = [(a + b) / 2 for a, b in zip(*shares, strict=True)]

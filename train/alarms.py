@@ -73,7 +73,8 @@ class Alarms:
         return [alarm for alarm in found if alarm is not None]
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: a run that goes on raises what it would have raised, and no more."""
+        """For a checkpoint: a run that goes on raises what it would have raised, and no more. But
+        for slow ranks: there may be others then."""
         layers = len(self.layers)
         dead = torch.zeros(layers, self.num_experts, dtype=torch.bool)
         flags = torch.zeros(2, layers, dtype=torch.bool)
@@ -151,12 +152,15 @@ class Alarms:
         load, alarms = window.last(WINDOW_STEPS), []
         enough = (load.double().mean(-1) >= LEAST_EXPECTED).tolist()
         for index in range(len(self.layers)):
+            # Its dead experts are looked at when it has spread out again.
+            if ("collapse", index) in self._raised:
+                continue
             new = [
                 expert
                 for expert, count in enumerate(load[index].tolist())
                 if self._begins(("dead expert", index, expert), count == 0 and enough[index])
             ]
-            if new and ("collapse", index) not in self._raised:
+            if new:
                 text = (
                     f"layer {self.layers[index]}, {_experts(new)}: no token in the last "
                     f"{WINDOW_STEPS} steps"

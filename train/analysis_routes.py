@@ -38,7 +38,8 @@ NUM_TOP_TOKENS = 8
 class Survey(NamedTuple):
     """What is known of a text before any model reads it.
 
-    frequent: (N,) the most frequent tokens. domain_of: (sequences,) domains. tokens: (D,) of each.
+    frequent: (N,) the most frequent tokens. domain_of: (sequences,) domains. tokens: (domains,) of
+    each.
     """
 
     frequent: Tensor
@@ -61,12 +62,12 @@ def survey(text: HeldOutText, vocab_size: int) -> Survey:
 
 
 class RouteCounts:
-    """All that one pass counts; D domains, L routed layers, E experts.
+    """All that one pass counts; L routed layers, E experts.
 
     Attributes:
         statistics: load, co-activation, repeats. vocabulary: by role of the token, see ROLES.
         shuffled: (NUM_SHUFFLES, D, L, E) loads with the domains of the sequences permuted.
-        router: (L, 3) sums of entropy, confidence and margin. losses, labels: (D,) sums.
+        router: (L, 3) sums of entropy, confidence and margin. losses, labels: (domains,) sums.
     """
 
     def __init__(self, config: ModelConfig, surveyed: Survey, device: torch.device):

@@ -114,14 +114,14 @@ def read(
 
 
 def sum_by_domain(values: Tensor, domain_ids: Tensor, num_domains: int) -> Tensor:
-    """(B, S) numbers of sequences, (B,) their domains -> (D,) float64 sums, on the CPU."""
+    """(B, S) numbers of sequences, (B,) their domains -> (domains,) float64 sums, on the CPU."""
     # There in a fixed order; on a GPU, atomics would add them up in any.
     by_sequence = values.double().sum(-1).cpu()
     return by_sequence.new_zeros(num_domains).index_add_(0, domain_ids, by_sequence)
 
 
 def num_labels(batch: Batch, num_domains: int) -> Tensor:
-    """(D,) float64 next tokens that a loss counts."""
+    """(domains,) float64 next tokens that a loss counts."""
     return sum_by_domain(batch.labels != IGNORE, batch.domain_ids, num_domains)
 
 

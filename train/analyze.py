@@ -45,7 +45,7 @@ from train.run_directory import (
     storage_errors,
     sync_directory,
 )
-from train.saturation import PROBE_TOKENS, compare_checkpoints, training_curve
+from train.saturation import COMPARED_TOKENS, compare_checkpoints, training_curve
 from train.token_text import running_text, token_name
 
 # Of analysis.json; changes when a reader of the old one would go wrong.
@@ -329,7 +329,7 @@ def _saturation(
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
-    each = max(1, PROBE_TOKENS // len(data.domain_names))
+    each = max(1, COMPARED_TOKENS // len(data.domain_names))
     text = HeldOutText(data, config, each, shorten=True)
     found = compare_checkpoints(options.run, step, model, text, against=options.against, warn=warn)
     layers, top_k = len(config.model.moe_layers), config.model.top_k

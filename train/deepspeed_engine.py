@@ -74,7 +74,8 @@ def build_deepspeed_engine(
     if device == "cuda":
         device = f"cuda:{ranks.local_rank}"
     parallel = config.parallel
-    clock = WorkClock(device)
+    # Stage 3 gathers weights in the midst of a forward pass, where a slow rank slows all.
+    clock = WorkClock(device, counts=parallel.zero_stage < 3)
     groups = ExpertGroups(parallel.expert_parallel_size, parallel.timeout_minutes, clock)
     derived = checked_config(config, ranks, precision)
     model = build_model(model_config, config.seed, groups, device, derived)
@@ -252,6 +253,8 @@ class DeepSpeedEngine:
                 optimizer.all_grad_tensors[group] = None
             optimizer.micro_step_id = -1
 
+    # The model calls it in its forward pass; whoever compiles that need not look into the clock.
+    @torch.compiler.disable
     def all_reduce(self, x: Tensor, *, maximum: bool = False) -> Tensor:
         """Sum, or maximum, over ranks."""
         x = x.clone()

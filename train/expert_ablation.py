@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from moe.model import MoETransformer
-from train.analysis_text import HeldOutText, Reading, num_labels, progress, read, sum_by_domain
+from train.analysis_text import HeldOutText, num_labels, progress, read, sum_by_domain
 from train.packing import Batch
 
 
 class Ablation(NamedTuple):
-    """D domains, L routed layers, E experts.
+    """L routed layers, E experts.
 
-    rise: (D, L, E) float64 nats per token that the loss of a domain rises by without the expert.
-    loss: (D,) with all experts. labels: (D,) tokens that were predicted, 0 where there is no text.
-    assignments: (L, E) int64 of the text.
+    rise: (domains, L, E) float64 nats per token that the loss of a domain rises by without the
+    expert. loss: (domains,) with all experts. labels: (domains,) tokens that were predicted, 0
+    where there is no text. assignments: (L, E) int64 of the text.
     """
 
     rise: Tensor
@@ -47,7 +47,9 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
     whole = []
     for batch in text.mixed_batches():
         reading = read(model, batch)
-        whole.append((batch, reading))
+        # Not the logits: those of all layers and tokens would not be bounded.
+        routes = [routing.topk_indices for routing in reading.routings]
+        whole.append((batch, reading.losses, routes))
         loss += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
         assignments += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
@@ -56,9 +58,9 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
         for layer in range(layers):
             for expert in range(experts):
                 # Without a token, its absence cannot be noticed.
-                for batch, reading in whole if assignments[layer, expert] else ():
-                    without = read(model, batch, _routes_without(batch, reading, layer, expert))
-                    difference = without.losses.double() - reading.losses
+                for batch, losses, routes in whole if assignments[layer, expert] else ():
+                    without = read(model, batch, _routes_without(batch, routes, layer, expert))
+                    difference = without.losses.double() - losses
                     rise[:, layer, expert] += sum_by_domain(
                         difference, batch.domain_ids, num_domains
                     )
@@ -67,9 +69,11 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
     return Ablation(rise / each[:, None, None], loss / each, labels, assignments)
 
 
-def _routes_without(batch: Batch, reading: Reading, layer: int, expert: int) -> list[Tensor | None]:
-    """The routes of one layer with -1 in the place of an expert; the others are free."""
-    chosen = reading.routings[layer].topk_indices.view(*batch.input_ids.shape, -1)  # (B, S, K)
-    routes: list[Tensor | None] = [None] * len(reading.routings)
-    routes[layer] = chosen.masked_fill(chosen == expert, -1)
-    return routes
+def _routes_without(
+    batch: Batch, routes: list[Tensor], layer: int, expert: int
+) -> list[Tensor | None]:
+    """The routes (T, K) of one layer with -1 in the place of an expert; the others are free."""
+    chosen = routes[layer].view(*batch.input_ids.shape, -1)  # (B, S, K)
+    without: list[Tensor | None] = [None] * len(routes)
+    without[layer] = chosen.masked_fill(chosen == expert, -1)
+    return without

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from moe.measures import co_activation, independent_co_activation
 from train.drawing import Panel, Scale, Side, cell_pixels, cells, draw_maps, text_width
 from train.drawing import render as render
 from train.drawing import save_figure as save_figure
@@ -78,24 +79,22 @@ def load_history(history: Tensor, edges: tuple[int, ...], layer: int) -> Figure:
     return draw_maps([Panel(f"layer {layer}: load over training", colors)], steps, experts, LOAD)
 
 
-def co_activation_map(co_activation: Tensor, layer: int, top_k: int) -> Figure:
-    """Which experts are chosen together? P(j | i) as a multiple of chance, (K - 1) / (E - 1).
+def co_activation_map(counts: Tensor, layer: int) -> Figure:
+    """Which experts are chosen together? P(j | i) as a multiple of what independent choices give.
 
-    Each row i has the mean 1 over j != i, whatever E and K are, so that steps and runs compare.
-    Grey: the diagonal, which is 1 by definition, experts never chosen, and all of it with top_k 1.
+    Grey: the diagonal, which is 1 by definition, and where nothing is to be expected: experts never
+    chosen, and all of it where tokens have one expert.
 
     Args:
-        co_activation: (E, E) P(j | i), as `moe.measures.co_activation` returns it.
-        layer: number of the block. top_k: experts a token.
+        counts: (E, E) of `moe.measures.co_activation_counts`. layer: number of the block.
     """
-    given = _numbers(co_activation).copy()
-    num_experts = len(given)
-    chance = (top_k - 1) / max(1, num_experts - 1)
-    given[np.diagonal(given) == 0] = np.nan
-    np.fill_diagonal(given, np.nan)
-    multiple = given / chance if chance > 0 else np.full_like(given, np.nan)
+    expected = _numbers(independent_co_activation(counts)).copy()
+    expected[expected == 0] = np.nan
+    multiple = _numbers(co_activation(counts)) / expected
+    np.fill_diagonal(multiple, np.nan)
+    num_experts = len(multiple)
     labels = {**LOAD.labels, 1: "chance"}
-    scale = LOAD._replace(labels=labels, unit=f"P(j | i) ÷ chance, (K−1)/(E−1) = {chance:.2g}")
+    scale = LOAD._replace(labels=labels, unit="P(j | i) ÷ independent choices")
     names = _numbered(num_experts)
     cell = cell_pixels(num_experts, _WIDTH, _WIDTH)
     chosen = cells("chosen: expert i", names, cell, upright=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe.measures import dead_experts, max_violation
@@ -13,7 +14,7 @@ from train.alarms import Alarms
 from train.config import RunConfig
 from train.data import PreparedData
 from train.engine import Engine
-from train.metrics import LoadHistory, LoadWindow, StepMetrics
+from train.metrics import WINDOW_STEPS, LoadHistory, LoadWindow, StepMetrics
 from train.metrics_writer import MetricsWriter
 from train.packing import TrainLoader
 from train.routes import RunRoutes
@@ -215,8 +216,11 @@ class Loop:
 
     def _report(self, metrics: StepMetrics) -> None:
         step = metrics.step
-        window = self.window.add(metrics.tokens_per_expert)
-        self.load_history.add(metrics.tokens_per_expert, step)
+        load = metrics.tokens_per_expert
+        if not metrics.skipped:
+            self.window.add(load)
+            self.load_history.add(load, step)
+        window = self.window.last(WINDOW_STEPS) if len(self.window) else torch.zeros_like(load)
         alarms = tuple(self.alarms.check(metrics, self.window))
         speed = metrics.num_tokens / self.step_seconds[-1]
         if metrics.skipped:

@@ -4,9 +4,10 @@ Tags live here (pictures, histograms, text) and in `train/scalars.py`; `moe/GLOS
 each.
 """
 
+import contextlib
 import textwrap
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from moe.measures import co_activation
 from train.alarms import Alarm
 from train.config import RunConfig, dump_config
 from train.data import PreparedData
@@ -39,13 +39,14 @@ from train.scalars import (
     layer_tag,
     step_scalars,
 )
+from train.token_text import token_name
 from train.validation import Evaluation
 
 # Tokens of each expert, and experts of each layer, in a table of the tokens that experts like.
 _TOP_TOKENS, _TOP_EXPERTS = 8, 64
 
 # What decides what is learnt; where it is written, and how often one looks, does not.
-_HYPER_PARAMETERS = {"model", "optimizer", "parallel", "schedule", "seed", "training"}
+_SECTIONS = ("data", "model", "optimizer", "parallel", "schedule", "seed", "tokenizer", "training")
 # TensorBoard cuts longer lines off.
 _WRAPPER = textwrap.TextWrapper(
     120,
@@ -77,6 +78,8 @@ class MetricsWriter:
         self._writer: SummaryWriter | None = None
         self._excepthook = threading.excepthook
         self._guard(lambda: self._open(first_step))
+        with self._keeping_routes(first_step):
+            self._probe.begin(max(0, first_step - 1))
 
     def _open(self, first_step: int) -> None:
         # Without purge_step the curves of a resumed run double back.
@@ -91,7 +94,8 @@ class MetricsWriter:
         """The run's row in the tab HParams, with its latest validation loss."""
         assert self._writer is not None
         # A run is one row: `add_hparams` would write a second one.
-        values = hyper_parameters(self._config.model_dump(mode="json", include=_HYPER_PARAMETERS))
+        settings = self._config.model_dump(mode="json", include=set(_SECTIONS))
+        values = hyper_parameters(settings)
         for summary in hparams(values, {"validation/mean_loss": 0.0}):
             self._writer._get_file_writer().add_summary(summary)
 
@@ -119,6 +123,13 @@ class MetricsWriter:
 
         if self._writer is not None:
             self._guard(checked)
+
+    @contextlib.contextmanager
+    def _keeping_routes(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._warn(f"{self._probe.folder}: {error}; the routes of step {step} are not kept")
 
     def _close_quietly(self) -> None:
         try:
@@ -188,10 +199,8 @@ class MetricsWriter:
     ) -> None:
         """Validation loss by domain; what experts specialise in, in numbers, maps and tokens."""
         overlap = None
-        try:
+        with self._keeping_routes(step):
             overlap = self._probe.exchange(step, evaluation.probe_routes)
-        except OSError as error:
-            self._warn(f"{self._probe.folder}: {error}; the routes of step {step} are not kept")
         values = evaluation_scalars(evaluation, overlap, self.layers)
 
         def write() -> None:
@@ -220,8 +229,7 @@ class MetricsWriter:
         domains = domain_expert_map(counts, data.domain_names, (layer,))
         self._add_figure(f"specialisation/domains/{tag}", domains, step)
         if model.top_k > 1:
-            pairs = co_activation(evaluation.co_activation[index])
-            together = co_activation_map(pairs, layer, top_k=model.top_k)
+            together = co_activation_map(evaluation.co_activation[index], layer)
             self._add_figure(f"specialisation/co_activation/{tag}", together, step)
         if history.counts:
             load = torch.stack([interval[index] for interval in history.counts])  # (N, E)
@@ -255,14 +263,20 @@ class MetricsWriter:
 
 
 def hyper_parameters(settings: Any, path: str = "") -> dict[str, bool | int | float | str]:
-    """Every setting that is no list, by its dotted path; null is `none`."""
+    """Every setting by its dotted path; null is `none`. What stands in a list has the name that it
+    says, or its place: `model.moe.losses.load_balancing.weight`, `optimizer.betas.1`."""
     if isinstance(settings, dict):
         values: dict[str, bool | int | float | str] = {}
         for key, value in settings.items():
             values |= hyper_parameters(value, f"{path}.{key}" if path else key)
         return values
     if isinstance(settings, list):
-        return {}
+        names = [each.get("name") if isinstance(each, dict) else None for each in settings]
+        named = {
+            str(name or place): each
+            for place, (name, each) in enumerate(zip(names, settings, strict=True))
+        }
+        return hyper_parameters(named, path)
     return {path: "none" if settings is None else settings}
 
 
@@ -272,7 +286,7 @@ def token_table(vocabulary: VocabularyCounts, index: int, data: PreparedData) ->
     lines = ["expert  tokens of which it got the largest share (of all their occurrences)"]
     for expert in range(min(num_experts, _TOP_EXPERTS)):
         tokens = vocabulary.top_tokens(index, expert, _TOP_TOKENS)
-        shown = [f"{data.tokenizer.decode([t.token_id])!r} {t.share:.0%}" for t in tokens]
+        shown = [f"{token_name(data.tokenizer, t.token_id)} {t.share:.0%}" for t in tokens]
         lines.append(f"{expert:>6}  {', '.join(shown) or 'none'}")
     if num_experts > _TOP_EXPERTS:
         lines.append(f"... and {num_experts - _TOP_EXPERTS} more: python -m train.analyze")

@@ -34,8 +34,23 @@ class ProbeRoutes:
         Raises:
             OSError, ValueError: if the file cannot be read, or is damaged.
         """
-        routes = np.load(self._path(step), allow_pickle=False)
+        try:
+            routes = np.load(self._path(step), allow_pickle=False)
+        except EOFError as error:
+            raise ValueError(str(error)) from error
+        if routes.ndim != 3 or routes.dtype != np.int16:
+            raise ValueError(f"holds {routes.dtype} {routes.shape}, needs int16 (N, L, K)")
         return torch.from_numpy(routes.astype(np.int64))
+
+    def begin(self, step: int) -> None:
+        """Forget what a run wrote that went on beyond `step`, from which this one goes on.
+
+        Raises:
+            OSError: if that cannot be done.
+        """
+        for later in self.steps():
+            if later > step:
+                self._path(later).unlink()
 
     def exchange(self, step: int, routes: Tensor) -> Tensor | None:
         """Keep the routes of a step, and compare them with those of the evaluation before.

@@ -19,14 +19,14 @@ function cards(facts) {
 const MEASURES = [
   ["Load", [
     ["max_violation", "MaxVio", 2,
-      "max_i c_i / mean(c) − 1, c_i the assignments of expert i: 0 when balanced, E − 1 at "
-      + "collapse"],
+      "max_i c_i / mean(c) − 1, c_i the assignments of expert i: 0 when balanced, E/K − 1 "
+      + "at most"],
     ["effective_experts", "effective experts", 1,
       "exp(H(load)), from 1 (all to one expert) to E (uniform)"],
     ["dead_experts", "dead experts", 0, "experts with no assignment in this text"],
     ["starved_experts", "starved experts", 0,
       "experts with fewer than 0.1 of the mean assignments"],
-    ["gini", "Gini coefficient", 3, "of the load: 0 at balance, 1 − 1/E at collapse"],
+    ["gini", "Gini coefficient", 3, "of the load: 0 at balance, 1 − K/E where K experts have it all"],
     ["coefficient_of_variation", "coefficient of variation", 3,
       "standard deviation of the load over its mean, 0 at balance"],
   ]],

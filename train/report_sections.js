@@ -149,7 +149,8 @@ function coActivation(body) {
     rowName: String,
     columnName: String,
     square: true,
-    colour: (i, j) => (i === j ? "transparent" : shareColour(chosen(i) ? times(i, j) : 0)),
+    colour: (i, j) =>
+      (i === j || !chosen(i) || !chosen(j) ? "transparent" : shareColour(times(i, j))),
     tip: (i, j) => (i === j
       ? `expert ${i}: ${whole(chosen(i))} tokens`
       : `P(${j} | ${i}) = ${given(i, j).toFixed(4)}\n`

@@ -13,10 +13,11 @@ from train.packing import Batch
 
 
 class RouteStatistics:
-    """Counts of the routes of a text, D domains, L routed layers, E experts.
+    """Counts of the routes of a text, L routed layers, E experts.
 
     Attributes:
-        load: (D, L, E) int64 assignments. co_activation: (L, E, E) float64, `co_activation_counts`.
+        load: (domains, L, E) int64 assignments. co_activation: (L, E, E) float64, as in
+            `co_activation_counts`.
         repeats: (L, 2) int64, tokens that repeat the first choice before them, and pairs.
         vocabulary: by input token.
     Args:
@@ -116,10 +117,10 @@ class VocabularyCounts:
         """Sum over ranks; `reduce` sums one tensor."""
         self.occurrences, self.assignments = reduce(self.occurrences), reduce(self.assignments)
 
-    def specialisation(self) -> Tensor:
-        """(L, E, N) float64: share of a token's occurrences that each expert got (OLMoE, arXiv
-        2409.02060, section 5.3)."""
-        return self.assignments.double() / self.occurrences.clamp(min=1)
+    def to_cpu(self) -> None:
+        """Bring the counts from the device, where they are looked at one by one."""
+        self.token_ids, self.occurrences = self.token_ids.cpu(), self.occurrences.cpu()
+        self.assignments, self._place = self.assignments.cpu(), self._place.cpu()
 
     def top_tokens(
         self, layer: int, expert: int, number: int, least: int = 8

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,19 +18,19 @@ from moe.measures import (
 from moe.model import MoETransformer
 from train.analysis_text import HeldOutText, num_labels, progress, read, sum_by_domain
 from train.checkpoint import Checkpoint, listed_checkpoints, open_checkpoint
-from train.checkpoint_format import step_of
 from train.engine import load_model
 from train.errors import CheckpointError
+from train.probe import ProbeRoutes
 
 # Of all domains together.
-PROBE_TOKENS = 8192
+COMPARED_TOKENS = 8192
 
 
-class Probe(NamedTuple):
-    """What a model does with the probe text: N tokens, D domains.
+class ComparedText(NamedTuple):
+    """What a model does with the probe text: N tokens.
 
-    routes: (L, N, K) int16. load: (D, L, E) int64 assignments. loss: (D,) nats per token. labels:
-    (D,) tokens that were predicted, 0 where there is no text.
+    routes: (L, N, K) int16. load: (domains, L, E) int64 assignments. loss: (domains,) nats per
+    token. labels: (domains,) tokens that were predicted, 0 where there is no text.
     """
 
     routes: Tensor
@@ -40,7 +39,7 @@ class Probe(NamedTuple):
     labels: Tensor
 
 
-def probe(model: MoETransformer, text: HeldOutText) -> Probe:
+def read_compared(model: MoETransformer, text: HeldOutText) -> ComparedText:
     """Read the probe text."""
     num_domains, config = len(text.data.domain_names), model.config
     load = torch.zeros(
@@ -58,7 +57,7 @@ def probe(model: MoETransformer, text: HeldOutText) -> Probe:
         load[domain] += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
         losses += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
-    return Probe(torch.cat(routes, 1), load, losses / labels.clamp(min=1), labels)
+    return ComparedText(torch.cat(routes, 1), load, losses / labels.clamp(min=1), labels)
 
 
 def compare_checkpoints(
@@ -83,7 +82,7 @@ def compare_checkpoints(
     Raises:
         CheckpointError: if `against` is damaged.
     """
-    reference = probe(model, text)
+    reference = read_compared(model, text)
     others = [entry for entry in sorted(listed_checkpoints(run_dir)) if entry[0] != analysed]
     rows, in_full = [], None
     with progress("overlap", len(others), "other checkpoints") as done:
@@ -91,7 +90,7 @@ def compare_checkpoints(
             other = _open(path, step == against, warn)
             if other is not None:
                 load_model(model, other.tensors["model"])
-                found = probe(model, text)
+                found = read_compared(model, text)
                 overlap = route_overlap(found.routes, reference.routes).tolist()
                 rows.append({"step": step, "overlap": overlap})
                 if step == against:
@@ -115,7 +114,7 @@ def _open(path: Path, must: bool, warn: Callable[[str], None]) -> Checkpoint | N
 
 
 def _in_full(
-    model: MoETransformer, text: HeldOutText, found: Probe, reference: Probe
+    model: MoETransformer, text: HeldOutText, found: ComparedText, reference: ComparedText
 ) -> dict[str, Any]:
     """What differs between a checkpoint and the analysed one, on the probe text.
 
@@ -154,22 +153,21 @@ def training_curve(
 ) -> dict[str, Any] | None:
     """Overlap of the routes at each evaluation of the training with those at the last one.
 
-    RUN/probe_routes/step_XXXXXXXX.npy hold int16 (N, L, K), the experts of the same N tokens.
-
     Returns:
         `probe_tokens`, `steps`, and `overlap` (steps, L); None without two such files.
     """
+    kept = ProbeRoutes(run_dir / "probe_routes")
     reference: Tensor | None = None
     overlap: dict[int, list[float]] = {}
     # From the last one on, with which the others are compared.
-    for path in sorted((run_dir / "probe_routes").glob("step_*.npy"), reverse=True):
-        step = step_of(path.with_suffix(""))
-        if step is None:
-            continue
+    for step in reversed(kept.steps()):
         try:
-            found = _routes_of(path, None if reference is None else len(reference), layers, top_k)
-        except (OSError, ValueError, EOFError) as error:
-            warn(f"{path}: {error}; left out")
+            found = kept.read(step)
+            wanted = len(found if reference is None else reference), layers, top_k
+            if tuple(found.shape) != wanted:
+                raise ValueError(f"holds {tuple(found.shape)}, needs {wanted} (N, L, K)")
+        except (OSError, ValueError) as error:
+            warn(f"{kept.folder}, step {step}: {error}; left out")
             continue
         if reference is None:
             reference = found
@@ -182,12 +180,3 @@ def training_curve(
         "steps": steps,
         "overlap": [overlap[step] for step in steps],
     }
-
-
-def _routes_of(path: Path, tokens: int | None, layers: int, top_k: int) -> Tensor:
-    """(N, L, K) int16; ValueError if the file does not hold that."""
-    found = np.load(path, allow_pickle=False)
-    wanted = (len(found) if tokens is None else tokens, layers, top_k) if found.ndim else ()
-    if found.dtype != np.int16 or found.shape != wanted:
-        raise ValueError(f"holds {found.dtype} {found.shape}, needs int16 {wanted or '(N, L, K)'}")
-    return torch.from_numpy(found)

@@ -27,6 +27,8 @@ from train.validation import Evaluation
 OVER_LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "load/max_violation": (torch.max, "health/max_violation"),
     "load/max_violation_window": (torch.max, "health/max_violation_window"),
+    "load/max_violation_validation": (torch.max, None),
+    "load/max_violation_sequence": (torch.max, None),
     "load/effective_experts": (torch.min, "health/effective_experts"),
     "load/dead_experts": (torch.sum, "health/dead_experts"),
     "load/starved_experts": (torch.sum, "health/starved_experts"),
@@ -126,7 +128,7 @@ def step_scalars(
     }
     if facts.mfu is not None:
         values["speed/mfu"] = facts.mfu
-    if len(metrics.work_seconds) > 1:
+    if len(metrics.work_seconds) > 1 and metrics.work_seconds.any():
         work = metrics.work_seconds
         values["speed/slowest_rank_share"] = float(work.max() / work.mean().clamp(min=1e-9))
     for name, value in metrics.aux_losses.items():
@@ -160,6 +162,8 @@ def evaluation_scalars(
     if not layers:
         return values
     measures = {
+        "load/max_violation_validation": max_violation(evaluation.tokens_per_expert.sum(0)),
+        "load/max_violation_sequence": evaluation.sequence_violation,
         "specialisation/domain_information": evaluation.information,
         "specialisation/domain_information_shuffled": evaluation.shuffled_information,
         "specialisation/domain_divergence": evaluation.divergence,

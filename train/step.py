@@ -121,7 +121,7 @@ def step_metrics(
     aux, coefficients = sums.aux_losses.tolist(), sums.aux_coefficients.tolist()
     if config.model.lm_z_loss_weight:
         aux.append(float(sums.lm_z_loss_sum / num_labels))
-        coefficients.append(config.model.lm_z_loss_weight)
+        coefficients.append(float(sums.lm_z_coefficient))
     counts = sums.routing.counts.cpu()
     return StepMetrics(
         step=step + 1,
@@ -194,6 +194,7 @@ class _StepSums(NamedTuple):
 
     lm_loss_sum: Tensor
     lm_z_loss_sum: Tensor
+    lm_z_coefficient: Tensor
     num_labels: Tensor
     aux_losses: Tensor
     aux_coefficients: Tensor
@@ -217,9 +218,11 @@ def add_output(sums: _StepSums | None, output: ModelOutput, *, detail: bool) -> 
     coefficients = [value.double() for value in output.aux_coefficients]
     finite = [routing.logits_finite for routing in output.routings]
     z_loss = none.new_zeros(()) if output.lm_z_loss is None else output.lm_z_loss.detach().double()
+    z_weight = output.lm_z_coefficient
     now = _StepSums(
         lm_loss_sum=output.lm_loss.double() * output.num_labels,
         lm_z_loss_sum=z_loss * output.num_labels,
+        lm_z_coefficient=none.new_zeros(()) if z_weight is None else z_weight.double(),
         num_labels=output.num_labels.double(),
         aux_losses=torch.stack(aux) if aux else none,
         aux_coefficients=torch.stack(coefficients) if coefficients else none,

@@ -22,8 +22,8 @@ def summarize(
             "max_violation": float(max_violation(load[index])),
             "dead_experts": int(dead_experts(load[index])),
             "effective_experts": float(effective_experts(load[index])),
-            "domain_expert_information": float(evaluation.information[index]),
-            "shuffled_control": float(evaluation.shuffled_information[index]),
+            "domain_information": float(evaluation.information[index]),
+            "domain_information_shuffled": float(evaluation.shuffled_information[index]),
             "domain_divergence": float(evaluation.divergence[index]),
             "repeat_rate": float(evaluation.repeat_rate[index]),
         }
@@ -83,8 +83,8 @@ def render_summary(summary: dict[str, Any], num_experts: int) -> str:
         for row in summary["layers"]:
             lines.append(
                 f"  {row['layer']:<8}{row['max_violation']:>8.2f}{row['dead_experts']:>6}"
-                f"{row['effective_experts']:>11.1f}{row['domain_expert_information']:>13.3f}"
-                f"{row['shuffled_control']:>10.3f}"
+                f"{row['effective_experts']:>11.1f}{row['domain_information']:>13.3f}"
+                f"{row['domain_information_shuffled']:>10.3f}"
             )
     if summary.get("samples"):
         lines += ["", f"What it writes after {tokens:,} tokens:", ""]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.measures import domain_divergence, domain_expert_information
+from moe.measures import domain_divergence, domain_expert_information, max_violation
 from moe.routing import Routing
 from train.data import PreparedData
 from train.engine import Engine
@@ -30,8 +30,9 @@ class Evaluation(NamedTuple):
     num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments.
     information: (L,) I(domain; expert) / H(domain). shuffled_information: (L,) the same with the
     domains of the sequences permuted, what chance alone would give. divergence: (L,)
-    Jensen-Shannon, nats. co_activation: (L, E, E) counts. repeat_rate: (L,). vocabulary: of the
-    VOCABULARY most frequent tokens. probe_routes: (N, L, K) of the same N tokens each time.
+    Jensen-Shannon, nats. sequence_violation: (L,) MaxVio of a sequence, the mean over sequences.
+    co_activation: (L, E, E) counts. repeat_rate: (L,). vocabulary: of the VOCABULARY most frequent
+    tokens. probe_routes: (N, L, K) of the same N tokens each time.
     """
 
     loss: dict[str, float]
@@ -42,6 +43,7 @@ class Evaluation(NamedTuple):
     information: Tensor
     shuffled_information: Tensor
     divergence: Tensor
+    sequence_violation: Tensor
     co_activation: Tensor
     repeat_rate: Tensor
     vocabulary: VocabularyCounts
@@ -133,6 +135,7 @@ def _evaluate(engine, data, batch_size, seq_len, stop) -> Evaluation | None:
         loss_sums, labels, by_sequence = total(loss_sums), total(labels), total(by_sequence)
         probe_routes = total(probe_routes)
         statistics.all_reduce(engine.all_reduce)
+    statistics.vocabulary.to_cpu()
     domain_of = torch.cat([torch.zeros(0, dtype=torch.int64), *domains])  # (N,)
     by_domain = statistics.load.cpu()  # (domains, L, E)
     num_tokens = {name: int(n) for name, n in zip(names, labels, strict=True) if n}
@@ -149,6 +152,7 @@ def _evaluate(engine, data, batch_size, seq_len, stop) -> Evaluation | None:
         information=domain_expert_information(by_domain.transpose(0, 1)),
         shuffled_information=_shuffled_information(by_sequence, domain_of, by_domain.shape[0]),
         divergence=domain_divergence(by_domain.transpose(0, 1)),
+        sequence_violation=max_violation(by_sequence).double().mean(0),
         co_activation=statistics.co_activation.cpu(),
         repeat_rate=statistics.repeat_rate.cpu(),
         vocabulary=statistics.vocabulary,

@@ -18,9 +18,13 @@ class WorkClock:
 
     with clock.working(): ...            reading data, a forward pass
         with clock.waiting(): ...        a collective in it; outside of such sections it counts not
+
+    Args: counts: False where ranks wait for each other in ways that no `waiting` can be put around;
+        `seconds` is 0 then.
     """
 
-    def __init__(self, device: torch.device | str):
+    def __init__(self, device: torch.device | str, *, counts: bool = True):
+        self._counts = counts
         self._cuda = torch.device(device).type == "cuda"
         self._working = False
         # (begin, end, sign) of the step that runs, and of the one before.
@@ -29,7 +33,7 @@ class WorkClock:
 
     def working(self) -> contextlib.AbstractContextManager[None]:
         """A block that is this rank's own work."""
-        return self._section(1)
+        return self._section(1) if self._counts else contextlib.nullcontext()
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """A block in which it may wait for other ranks."""
