@@ -157,7 +157,7 @@ def test_a_loss_spike_needs_steps_before_it():
     assert watched.see(1, loss=9.0) == []
     watched = Watched()
     watched.see(SPIKE_LEAST, loss=4.0)
-    alarm = only(watched.see(5, loss=4.5), "loss spike")
+    alarm = only(watched.see(3, loss=4.5), "loss spike")
     assert alarm.step == SPIKE_LEAST + 1 and "loss 4.500" in alarm.text and "4.000" in alarm.text
     # 4 % above is none.
     assert watched.see(20, loss=4.15) == []
@@ -169,6 +169,28 @@ def test_noise_of_the_loss_is_no_spike():
         loss = float(4 + 0.3 * torch.randn((), generator=generator).clamp(-3, 3))
         assert watched.see(1, loss=loss) == []
     assert only(watched.see(1, loss=8.0), "loss spike")
+
+
+def test_a_batch_of_a_rare_domain_is_no_spike_each_time():
+    watched, found = Watched(), []
+    for step in range(240):
+        rare = step % 17 == 9
+        found += watched.see(1, loss=6.0 if rare else 3.0 + 0.02 * (step % 3))
+    assert len(found) <= 1
+    # Near a loss of zero a fraction of a nat is none.
+    near = Watched()
+    assert all(near.see(1, loss=0.001 + 0.06 * (step % 30 == 29)) == [] for step in range(100))
+
+
+def test_a_run_that_diverges_from_the_start_is_named_once():
+    watched = Watched()
+    watched.see(1, loss=5.8)
+    alarm = only(watched.see(15, loss=266.0), "divergence")
+    assert alarm.step == 6 and "above the first step's 5.800" in alarm.text
+    # A spike of four steps is no divergence.
+    short = Watched()
+    short.see(1, loss=5.8)
+    assert short.see(4, loss=9.0) == [] and short.see(10, loss=5.0) == []
 
 
 def test_a_slow_rank_is_named_when_it_lasts():
@@ -345,9 +367,9 @@ def test_a_planted_loss_spike_raises_its_alarm(tmp_path, monkeypatch, capsys):
         return real(engine, *arguments)
 
     def spike(step):
-        if step == 80:
+        if step in (80, 81):
             with torch.no_grad():
-                engines[-1].model.head.weight.mul_(-30)
+                engines[-1].model.head.weight.mul_(-30 if step == 80 else -1 / 30)
 
     monkeypatch.setattr(train.step, "find_nonfinite", see)
     events = planted(tmp_path / "run", monkeypatch, before_step=spike)

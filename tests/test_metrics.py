@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,6 +41,7 @@ import train.pretrain
 from kernels.routing import fused_topk
 from moe.routing import make_routing
 from train import metrics_bench
+from train.alarms import Alarm
 from train.checkpoint import load_checkpoint
 from train.engine import load_model
 from train.figures import (
@@ -160,8 +162,8 @@ def test_the_tags_are_these_and_no_others(logged):
         "speed/step_time_ms",
         "speed/tokens_per_second",
         "validation/mean_loss",
-        "validation/prose",
-        "validation/sums",
+        "validation/domain/prose",
+        "validation/domain/sums",
     }
     pictures = ("load/history", "specialisation/domains", "specialisation/co_activation")
     by_layer = {tag_of(name, layer) for name in pictures for layer in LAYERS}
@@ -192,9 +194,8 @@ def test_the_glossary_explains_each_tag_and_no_other(logged):
     plain = {
         "loss/NAME" if t in ("loss/load_balancing", "loss/router_z_loss") else t for t in plain
     }
-    plain = {
-        "validation/DOMAIN" if t in ("validation/prose", "validation/sums") else t for t in plain
-    }
+    domains = {"validation/domain/prose", "validation/domain/sums"}
+    plain = {"validation/domain/DOMAIN" if tag in domains else tag for tag in plain}
     assert sorted(rows) == sorted(plain | elsewhere)
     assert "moe/GLOSSARY.md" in (ROOT / "README.md").read_text()
 
@@ -378,10 +379,17 @@ def test_logits_beyond_the_bounds_and_padding_in_the_histogram():
 
 def test_evaluations_pictures_and_texts_are_at_their_steps(logged):
     _, events, _ = logged
-    for tag in ("validation/mean_loss", "validation/prose", "specialisation/repeat_rate/layer01"):
+    for tag in (
+        "validation/mean_loss",
+        "validation/domain/prose",
+        "specialisation/repeat_rate/layer01",
+    ):
         assert list(values(events, tag)) == EVALUATED
     mean = values(events, "validation/mean_loss")
-    prose, sums = values(events, "validation/prose"), values(events, "validation/sums")
+    prose, sums = (
+        values(events, "validation/domain/prose"),
+        values(events, "validation/domain/sums"),
+    )
     assert all(mean[s] == pytest.approx((prose[s] + sums[s]) / 2, rel=1e-6) for s in EVALUATED)
     for tag, steps in {
         "load/heat_map": [4, 8],
@@ -428,7 +436,9 @@ def test_specialisation_is_that_of_the_checkpoint_evaluated_again(logged):
             worst = expected.max() if measure.startswith("load/") else expected.mean()
             assert over == pytest.approx(float(worst), rel=1e-5)
         for name, loss in evaluation.loss.items():
-            assert values(events, f"validation/{name}")[step] == pytest.approx(loss, rel=1e-5)
+            assert values(events, f"validation/domain/{name}")[step] == pytest.approx(
+                loss, rel=1e-5
+            )
 
 
 def test_speed_and_time_belong_together(logged):
@@ -588,7 +598,8 @@ def test_a_skipped_step_is_in_no_window(tmp_path, monkeypatch):
 # ---- stopped, killed and resumed
 
 
-def test_a_run_that_goes_back_forgets_the_later_probe(tmp_path):
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY\x01", b"#" * 100])
+def test_a_run_that_goes_back_forgets_the_later_probe(damage, tmp_path):
     changes = LOGGED | {"checkpoint.every": 3, "checkpoint.keep_last": 9}
     assert run(tmp_path / "run", changes) == 0
     folder = tmp_path / "run" / "probe_routes"
@@ -596,7 +607,7 @@ def test_a_run_that_goes_back_forgets_the_later_probe(tmp_path):
     for step in (6, 8):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     (tmp_path / "run" / "checkpoints" / "latest").unlink()
-    (folder / "step_00000003.npy").write_bytes(b"")
+    (folder / "step_00000003.npy").write_bytes(damage)
     seen = []
     real = ProbeRoutes.exchange
 
@@ -672,6 +683,34 @@ def test_a_checkpoint_comes_after_its_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(train.pretrain, "save_checkpoint", save)
     assert run(tmp_path / "run", LOGGED | {"checkpoint.every": 2, "evaluation.every": 0}) == 0
     assert seen == [(2, 2), (4, 4), (6, 6), (8, 8)]
+
+
+def test_what_a_start_without_a_checkpoint_wrote_is_moved_aside(tmp_path):
+    process = launcher()
+    process.start(write_config(tmp_path / "run", LOGGED | {"training.steps": 5000, "seed": 1}))
+    process.wait_for("step 9/5000")
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    for name in ("checkpoints", "config.yaml"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    next_second()
+    assert run(tmp_path / "run", LOGGED) == 0
+    events = read(tmp_path / "run")
+    assert list(values(events, "health/lm_loss")) == list(range(1, NUM_STEPS + 1))
+    assert list(values(events, "validation/mean_loss")) == EVALUATED
+    assert any((tmp_path / "run" / "tensorboard_abandoned").glob("events.out.*"))
+
+
+def test_all_alarms_of_a_step_are_in_its_text(tmp_path):
+    config = make_config(tmp_path, LOGGED)
+    writer = MetricsWriter(tmp_path, config, 0, pytest.fail)
+    writer.write_alarms([Alarm("collapse", 7, "one line"), Alarm("loss spike", 7, "another")])
+    writer.write_alarms([])
+    writer.close()
+    (text,) = read(tmp_path).Tensors("alarms/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert text.step == 7 and [line.strip() for line in lines] == ["one line", "another"]
 
 
 # ---- a directory that cannot be written
@@ -802,6 +841,26 @@ def test_metrics_need_no_value_on_the_host():
         sums = routing_sums(routings, torch.device("cpu"), detail=True)
         both = sums.plus(routing_sums(routings, torch.device("cpu"), detail=True))
         assert both.tokens.shape == (6, 2) and both.logit_counts.shape == (2, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_the_gpu_as_often_with_more_layers(tmp_path):
+    def waits(num_layers):
+        changes = {"model.num_layers": num_layers, "training.device": "cuda"}
+        config = make_config(tmp_path, changes)
+        engine = make_engine(config)
+        train_step(engine, micro_batches(config), 0, config, detail=True)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train_step(engine, micro_batches(config, 1), 1, config, detail=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in caught)
+
+    assert waits(2) == waits(6)
 
 
 def test_messages_of_a_step_do_not_grow_with_its_layers(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from moe.model import init_weights
 from moe.variants import load_variant
 from train.checkpoint import load_checkpoint
 from train.engine import PlainEngine, load_model
-from train.route_files import Recording
+from train.route_files import Recording, open_recording
 
 # Without noise, which another order of passes would draw otherwise.
 CALM = {"model.moe.router": {"name": "topk", "bias_update_rate": 0.02}}
@@ -495,3 +495,13 @@ def test_a_full_disk_ends_with_7_and_the_run_goes_on_where_there_is_space(
     filler.unlink()
     assert run(tmp_path / "run", changes | record(small_disk / "routes")) == 0
     assert files(small_disk / "routes") == files(tmp_path / "expected")
+
+
+def test_a_recording_that_names_experts_which_there_are_not_is_refused(tmp_path, noted):
+    folder = shutil.copytree(calm_recording(), tmp_path / "foreign")
+    recording = open_recording(folder, "routes.replay")
+    share = recording.read(0, 0, 4).copy()
+    share[0, 0, 0, 0] = 99
+    recording.write(0, 0, share)
+    assert run(tmp_path / "run", CALM | replay(folder)) == 3
+    assert "step 1 names experts from 0 to 99, must be -1 (none) to 3; record again" in noted()

@@ -4,6 +4,7 @@
     dead expert     no assignment over the whole window of `LoadWindow`
     drop spike      far more assignments dropped than in the steps before
     loss spike      a loss far above those of the steps before
+    divergence      a loss above the run's first one, DIVERGED_STEPS in a row
     slow rank       a rank's forward passes take far longer than the others', SLOW_STEPS in a row
 
 Each is raised once, and again only after it has gone. A layer that has collapsed has dead experts
@@ -31,7 +32,8 @@ COLLAPSE_SHARE = 0.1
 LEAST_EXPECTED = 20
 # Steps that spikes are compared with, and the fewest that say anything.
 SPIKE_WINDOW, SPIKE_LEAST = 50, 20
-LOSS_DEVIATIONS, LOSS_LEAST = 6.0, 0.05
+LOSS_DEVIATIONS, LOSS_SHARE, LOSS_NATS = 6.0, 0.05, 0.1
+DIVERGED_STEPS = 5
 DROP_LEAST, DROP_FACTOR = 0.05, 2.0
 SLOW_STEPS, SLOW_FACTOR, SLOW_SECONDS = 10, 1.5, 0.005
 # Experts that a line names.
@@ -53,6 +55,8 @@ class Alarms:
         self.layers = model.moe_layers
         self.num_experts, self.top_k = model.moe.num_experts, model.top_k
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._first_loss = math.inf
+        self._diverged_steps = 0
         # (L,) share of the assignments dropped, of each step.
         self._dropped: deque[list[float]] = deque(maxlen=SPIKE_WINDOW)
         self._slow_steps: list[int] = []
@@ -64,7 +68,7 @@ class Alarms:
         if metrics.skipped:
             # It has a message of its own, and numbers that say nothing of the next ones.
             return []
-        found = [self._loss_spike(metrics)]
+        found = [self._loss_spike(metrics), self._divergence(metrics)]
         if self.layers:
             found += self._collapses(metrics.step, window)
             found += self._dead(metrics.step, window)
@@ -89,6 +93,9 @@ class Alarms:
             "alarm_dead": dead,
             "alarm_layers": flags,
             "alarm_loss_spike": torch.tensor(("loss spike",) in self._raised),
+            "alarm_divergence": torch.tensor(("divergence",) in self._raised),
+            "alarm_first_loss": torch.tensor(self._first_loss, dtype=torch.float64),
+            "alarm_diverged_steps": torch.tensor(self._diverged_steps),
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -100,6 +107,10 @@ class Alarms:
             self._raised.add((("collapse", "drop spike")[kind], layer))
         if state["alarm_loss_spike"]:
             self._raised.add(("loss spike",))
+        if state["alarm_divergence"]:
+            self._raised.add(("divergence",))
+        self._first_loss = float(state["alarm_first_loss"])
+        self._diverged_steps = int(state["alarm_diverged_steps"])
 
     def _begins(self, key: tuple, wrong: bool, *, gone: bool | None = None) -> bool:
         """Whether it is wrong now and was not before; `gone`: whether it may be raised again."""
@@ -116,13 +127,32 @@ class Alarms:
         if len(before) >= SPIKE_LEAST:
             usual = statistics.median(before)
             deviation = 1.4826 * statistics.median(abs(each - usual) for each in before)
-            limit = usual + max(LOSS_DEVIATIONS * deviation, LOSS_LEAST * abs(usual))
+            least = max(LOSS_DEVIATIONS * deviation, LOSS_SHARE * abs(usual), LOSS_NATS)
+            # A batch of a rare domain may have had such a loss before.
+            limit = max(usual + least, max(before))
             if self._begins(("loss spike",), loss > limit):
                 text = f"loss {loss:.3f}, median of the {len(before)} steps before {usual:.3f}"
                 alarm = _alarm("loss spike", metrics.step, text)
         if math.isfinite(loss):
             self._losses.append(loss)
         return alarm
+
+    def _divergence(self, metrics: StepMetrics) -> Alarm | None:
+        loss = metrics.lm_loss
+        if self._first_loss == math.inf:
+            self._first_loss = loss
+        limit = self._first_loss + max(LOSS_SHARE * abs(self._first_loss), LOSS_NATS)
+        self._diverged_steps = self._diverged_steps + 1 if loss > limit else 0
+        lasts = self._diverged_steps >= DIVERGED_STEPS
+        # A spike has been said already.
+        lasts = lasts and ("loss spike",) not in self._raised
+        if not self._begins(("divergence",), lasts, gone=not self._diverged_steps):
+            return None
+        text = (
+            f"loss {loss:.3f}, above the first step's {self._first_loss:.3f} for "
+            f"{DIVERGED_STEPS} steps; lower optimizer.learning_rate"
+        )
+        return _alarm("divergence", metrics.step, text)
 
     def _collapses(self, step: int, window: LoadWindow) -> list[Alarm]:
         if len(window) < COLLAPSE_STEPS or self.num_experts == self.top_k:

@@ -125,13 +125,29 @@ def num_labels(batch: Batch, num_domains: int) -> Tensor:
     return sum_by_domain(batch.labels != IGNORE, batch.domain_ids, num_domains)
 
 
+# Between two lines about work that goes on.
+_SAY_SECONDS = 60.0
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """On a terminal a bar with the time left, elsewhere a line at the end; call it with what is
-    done."""
-    began = time.monotonic()
+    """On a terminal a bar with the time left, elsewhere a line each minute and at the end; call it
+    with what is done."""
+    began = said = time.monotonic()
+    done = 0
     with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=None) as bar:
-        yield bar.update
+
+        def update(more: int) -> None:
+            nonlocal done, said
+            bar.update(more)
+            done += more
+            now = time.monotonic()
+            if bar.disable and now - said > _SAY_SECONDS:
+                said = now
+                left = format_duration((now - began) / done * (total - done))
+                print(f"{what}: {done:,} of {total:,} {unit}, left {left}", file=sys.stderr)
+
+        yield update
         if bar.disable:
             took = format_duration(time.monotonic() - began)
             print(f"{what}: {total:,} {unit} in {took}", file=sys.stderr)

@@ -138,7 +138,7 @@ def _check(options: argparse.Namespace, step: int, config: RunConfig) -> None:
 def _check_output(output: Path, run: Path) -> None:
     if (run / "checkpoints").resolve() in (output.resolve(), *output.resolve().parents):
         raise ConfigError(f"--output ({output}) lies among the checkpoints; choose another place")
-    check_directory(output, "--output")
+    check_directory(output, "--output", setting="--output")
     for name in FILES:
         if (output / name).is_dir():
             raise ConfigError(f"{output / name} is a folder; move it away, or choose --output")

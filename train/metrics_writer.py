@@ -5,9 +5,10 @@ each.
 """
 
 import contextlib
+import shutil
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class MetricsWriter:
 
     Args:
         run_dir: of the run; events are in its `tensorboard`. config: its vocab_size known.
-        first_step: where a resumed run goes on; what an earlier process wrote from there on is
-            hidden. warn: told if writing fails.
+        first_step: where a resumed run goes on, 0 where it begins. What an earlier process wrote
+            from there on is replaced as it is written again; what was never saved is moved aside.
+        warn: told if writing fails.
     """
 
     def __init__(
@@ -82,6 +84,11 @@ class MetricsWriter:
             self._probe.begin(max(0, first_step - 1))
 
     def _open(self, first_step: int) -> None:
+        if first_step == 0 and any(self._directory.glob("events.out.*")):
+            # Of a start that has left no checkpoint: points of it would stand among this one's.
+            aside = self._directory.with_name("tensorboard_abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._directory.rename(aside)
         # Without purge_step the curves of a resumed run double back.
         purge_step = first_step if first_step > 0 else None
         threading.excepthook = self._on_thread_error
@@ -149,10 +156,11 @@ class MetricsWriter:
         values = step_scalars(metrics, facts, self.layers)
         self._guarded(metrics.step, lambda: self._add_scalars(values, metrics.step))
 
-    def write_alarms(self, alarms: Iterable[Alarm]) -> None:
-        """The text of alarms, at their step."""
-        for alarm in alarms:
-            self.write_text("alarms", alarm.text, alarm.step)
+    def write_alarms(self, alarms: Sequence[Alarm]) -> None:
+        """The text of a step's alarms; in one, as TensorBoard keeps one text a step."""
+        lines = [alarm.text for alarm in alarms]
+        if lines:
+            self.write_text("alarms", "\n".join(lines), next(iter(alarms)).step)
 
     def write_load(self, facts: StepFacts, metrics: StepMetrics) -> None:
         """The layer x expert heat map and the routers' biases; how load and logits are spread."""

@@ -34,10 +34,12 @@ class ProbeRoutes:
         Raises:
             OSError, ValueError: if the file cannot be read, or is damaged.
         """
-        try:
-            routes = np.load(self._path(step), allow_pickle=False)
-        except EOFError as error:
-            raise ValueError(str(error)) from error
+        path = self._path(step)
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                raise ValueError("is no .npy file")
+        # A map, not memory for whatever shape a damaged header says.
+        routes = np.load(path, mmap_mode="r", allow_pickle=False)
         if routes.ndim != 3 or routes.dtype != np.int16:
             raise ValueError(f"holds {routes.dtype} {routes.shape}, needs int16 (N, L, K)")
         return torch.from_numpy(routes.astype(np.int64))

@@ -25,7 +25,7 @@ from moe.routing import Routing
 from moe.variants import load_variant
 from train.changed_settings import changed_settings
 from train.config import RoutesConfig, RunConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, DataError
 from train.packing import Batch
 from train.program import guarded
 from train.ranks import Ranks
@@ -72,6 +72,12 @@ class RunRoutes:
             return batches
         sizes = [len(batch.input_ids) for batch in batches]
         share = self.source.read(step, self._rank * sum(sizes), sum(sizes))
+        num_experts = self.source.header.routes["model"]["num_experts"]
+        if share.size and not -1 <= share.min() <= share.max() < num_experts:
+            raise DataError(
+                f"{self.source.folder}: step {step + 1} names experts from {share.min()} to "
+                f"{share.max()}, must be -1 (none) to {num_experts - 1}; record again"
+            )
         parts = torch.from_numpy(share).transpose(0, 1).split(sizes, dim=1)  # (L, B, S, K) each
         return [batch._replace(routes=part) for batch, part in zip(batches, parts, strict=True)]
 

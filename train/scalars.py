@@ -158,7 +158,7 @@ def evaluation_scalars(
 ) -> dict[str, float]:
     """Scalars of one evaluation; overlap (L,) of its routes with those before, None without."""
     values = {"validation/mean_loss": evaluation.mean_loss}
-    values |= {f"validation/{domain}": loss for domain, loss in evaluation.loss.items()}
+    values |= {f"validation/domain/{name}": loss for name, loss in evaluation.loss.items()}
     if not layers:
         return values
     measures = {
