@@ -70,6 +70,12 @@ def calm_recording() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def calm_recording_first():
+    """It is made before any test plants something or counts."""
+    calm_recording()
+
+
 # ---- recording
 
 
