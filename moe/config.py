@@ -186,6 +186,7 @@ class ModelConfig(Section):
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
+        moe.router.check_experts(moe.num_experts)
         router = load_variant("routers", moe.router.name).Router
         if not router.causal and not moe.allow_non_causal:
             raise ValueError(

@@ -39,7 +39,9 @@ class Routing(NamedTuple):
     -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments;
     num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a valid token is
     inf or NaN; valid (T,) bool, False for padding; num_dropped () int64 assignments that the router
-    made and a capacity took back.
+    made and a capacity took back; penalty () what the router itself adds to the loss, weighted, the
+    mean over valid tokens, None for nothing; feedback (E,) float32 what its `after_step` is told
+    beside the counts, a mean over valid tokens, None for nothing.
     """
 
     router_logits: Tensor
@@ -51,6 +53,8 @@ class Routing(NamedTuple):
     logits_finite: Tensor
     valid: Tensor
     num_dropped: Tensor
+    penalty: Tensor | None = None
+    feedback: Tensor | None = None
 
 
 def make_routing(
