@@ -36,7 +36,7 @@ MISTAKES = {
         "moe": {"router": {"top_k": 1, "name": "topk"}}
     },
     "no file topc.py in moe/routers (did you mean topk?); there are: balanced, "
-    "hash, random_choice, topk": {
+    "expert_choice, hash, random_choice, sequence_topk, sinkhorn, topk": {
         "moe": {"router": {"name": "topc"}}
     },
     "cannot import no_lab.router: ModuleNotFoundError: No module named 'no_lab'": {
