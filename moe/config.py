@@ -105,13 +105,14 @@ class ModelConfig(Section):
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
         A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K routed and its shared experts and the D E of its router.
+        of its K (or mean number of) routed and its shared experts and the D E of its router.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
             return moe.dense_intermediate_size
         shared = moe.num_shared_experts * self.shared_intermediate_size
-        return self.top_k * moe.intermediate_size + shared + round(moe.num_experts / 3)
+        routed = round(self.experts_per_token * moe.intermediate_size)
+        return routed + shared + round(moe.num_experts / 3)
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -128,6 +129,11 @@ class ModelConfig(Section):
             )
         top_k = self.moe.router.top_k
         return self.moe.num_experts if top_k is None else top_k
+
+    @property
+    def experts_per_token(self) -> float:
+        """The mean over tokens: K, or what the router says where the number varies."""
+        return getattr(self.moe.router, "experts_per_token", self.top_k)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""

@@ -410,7 +410,7 @@ def num_parameters(model: MoETransformer) -> ParameterCount:
             expert = held // layer.num_local_experts
             experts += expert * config.moe.num_experts
             total += expert * config.moe.num_experts - held
-            active += expert * config.top_k - held
+            active += round(expert * config.experts_per_token) - held
     embedding = table if config.tie_embeddings else table + model.head.weight.numel()
     return ParameterCount(total, active, embedding, experts)
 

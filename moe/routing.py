@@ -102,6 +102,21 @@ def make_routing(
     )
 
 
+def uniform_routing(
+    x: Tensor, topk_indices: Tensor, num_experts: int, weight: float, valid: Tensor | None
+) -> Routing:
+    """The Routing of a router without an opinion: logits 0, probabilities 1/E, one weight for all.
+
+    Args: x: (T, D), for its device and dtype; topk_indices: (T, K); weight: of each assignment.
+    """
+    # At least float32, as every router's scores.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    logits = x.new_zeros(len(x), num_experts, dtype=dtype)
+    probs = torch.full_like(logits, 1 / num_experts)
+    weights = logits.new_full(topk_indices.shape, weight).masked_fill(topk_indices < 0, 0)
+    return make_routing(logits, probs, weights, topk_indices, valid)
+
+
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
     """(B, E) int64 assignments of each of the B sequences of the batch."""
     num_experts = routing.router_logits.shape[-1]

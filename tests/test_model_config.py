@@ -35,7 +35,8 @@ MISTAKES = {
     "set normalize: false or top_k of at least 2": {
         "moe": {"router": {"top_k": 1, "name": "topk"}}
     },
-    "no file topc.py in moe/routers (did you mean topk?); there are: topk": {
+    "no file topc.py in moe/routers (did you mean topk?); there are: balanced, "
+    "expert_choice, hash, random_choice, sequence_topk, sinkhorn, topk": {
         "moe": {"router": {"name": "topc"}}
     },
     "cannot import no_lab.router: ModuleNotFoundError: No module named 'no_lab'": {
