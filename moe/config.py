@@ -189,7 +189,7 @@ class ModelConfig(Section):
                 f"model.moe.moe_layer_every"
             )
         router = load_variant("routers", moe.router.name).Router
-        if not router.causal and not moe.allow_non_causal:
+        if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
