@@ -7,15 +7,17 @@
 With a `target` a controller holds the mean number of experts m of a token there, moving p after
 each optimizer step by the error e = (target - m) / E:
 
-    p += proportional * (e - e before) + integral * e,   within 0 and 1
+    log(1 - p) -= proportional * (e - e before) + integral * e,   p within 0 and 1 - 1e-6
 
-which is a PI controller written by its differences: p itself is the integral, so where p stands at
-a bound nothing winds up behind it.
+which is a PI controller written by its differences: what it moves is the integral, so nothing winds
+up behind a bound. It moves log(1 - p), for where routers are sure of themselves a third or fourth
+expert is a matter of the last thousandths of p, and steps of p itself would swing about them.
 
-Causal. Sources: Huang et al., arXiv 2403.07652; control: DTop-p, arXiv 2512.13996, here with one p
-for each layer, in place of one p for all and logits rescaled in each layer.
+Causal. Sources: Huang et al., arXiv 2403.07652; control: DTop-p, arXiv 2512.13996, here of a p for
+each layer and in log(1 - p), in place of one p for all layers and logits rescaled in each.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -28,6 +30,9 @@ from moe.router import LinearRouter
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Count, Real, VariantConfig
 
+# What float32 sums of probabilities can still tell from 1.
+LEAST_REST = 1e-6
+
 EXAMPLES = (
     {"p": 0.7, "max_experts": 3, "normalize": True},
     {"p": 0.9, "target": 2.0},
@@ -36,16 +41,16 @@ EXAMPLES = (
 
 class Config(VariantConfig):
     """p at the start; max_experts a token, None is all; target: mean number of experts a token,
-    None leaves p as it is; proportional, integral: gains of the controller, in p for an error of
-    all experts."""
+    None leaves p as it is; proportional, integral: gains of the controller, in nats of 1 - p for
+    an error of all experts."""
 
     name: Literal["top_p"] = "top_p"
     p: Annotated[Real, Field(gt=0, le=1)] = 0.4
     max_experts: Count | None = None
     normalize: bool = False
     target: Annotated[Real, Field(ge=1)] | None = None
-    proportional: Annotated[Real, Field(ge=0)] = 0.2
-    integral: Annotated[Real, Field(gt=0)] = 0.1
+    proportional: Annotated[Real, Field(ge=0)] = 0.25
+    integral: Annotated[Real, Field(gt=0)] = 0.5
 
     @property
     def top_k(self) -> int | None:
@@ -91,17 +96,27 @@ class Router(LinearRouter):
         super().__init__(hidden_size, num_experts)
         self.config = config
         self.top_k = min(config.max_experts or num_experts, num_experts)
-        self.register_float32("threshold", torch.tensor(config.p))
+        self.register_float32("log_rest", torch.tensor(self.first_log_rest))
         self.register_float32("last_error", torch.tensor(0.0))
-        self.threshold: Tensor
+        self.log_rest: Tensor
         self.last_error: Tensor
+
+    @property
+    def first_log_rest(self) -> float:
+        """log(1 - p) of the config."""
+        return math.log(max(1 - self.config.p, LEAST_REST))
+
+    @property
+    def threshold(self) -> Tensor | float:
+        """p."""
+        return self.config.p if self.config.target is None else -torch.expm1(self.log_rest)
 
     def init_weights(
         self, std: float, out_std: float, seed_of: Callable[[str], torch.Generator]
     ) -> None:
         """Normal weights, and p as in the config."""
         nn.init.normal_(self.weight, 0, std, generator=seed_of("router.weight"))
-        self.threshold.fill_(self.config.p)
+        self.log_rest.fill_(self.first_log_rest)
         self.last_error.zero_()
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
@@ -146,7 +161,6 @@ class Router(LinearRouter):
         change = self.config.proportional * (error - self.last_error) + self.config.integral * error
         # Every token takes an expert: a mean of 0 is a step without tokens.
         empty = mean == 0
-        self.threshold.copy_(
-            torch.where(empty, self.threshold, (self.threshold + change).clamp(0, 1))
-        )
+        moved = (self.log_rest - change).clamp(math.log(LEAST_REST), 0)
+        self.log_rest.copy_(torch.where(empty, self.log_rest, moved))
         self.last_error.copy_(torch.where(empty, self.last_error, error))
