@@ -169,6 +169,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self):
         moe = self.moe
+        # First: it names the router's own setting, which need not be top_k.
+        moe.router.check_experts(moe.num_experts)
         if self.top_k > moe.num_experts:
             raise ValueError(
                 f"model.moe.router.top_k ({self.top_k}) must not exceed "
@@ -192,9 +194,8 @@ class ModelConfig(Section):
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
-        moe.router.check_experts(moe.num_experts)
         router = load_variant("routers", moe.router.name).Router
-        if not router.causal and not moe.allow_non_causal:
+        if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"

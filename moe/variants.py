@@ -67,6 +67,11 @@ class VariantConfig(BaseModel):
         """ValueError if a router's settings do not fit the number of experts."""
 
     @property
+    def causal(self) -> bool:
+        """False where these settings let a router see later tokens that its class would not."""
+        return True
+
+    @property
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False

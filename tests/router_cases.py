@@ -131,7 +131,8 @@ def check_gradient(make: Make) -> None:
         assert not list(router.parameters())
         return
     x = randn(T, D, seed=9).requires_grad_()
-    weights = route(router, x).topk_weights
+    # As in training, where alone there is noise, and its width is learned.
+    weights = route(router, x, training=True).topk_weights
     (weights * randn(*weights.shape, seed=5)).sum().backward()
     for name, parameter in router.named_parameters():
         assert parameter.grad is not None, name
@@ -289,7 +290,8 @@ def check_float32(make: Make) -> None:
 def check_state(make: Make) -> None:
     """Buffers keep float32 to the bit through casts, `after_step`, save and load."""
     router = make()
-    told = route(router, randn(T, D, seed=9))
+    # Only a step of training tells a router anything.
+    told = route(router, randn(T, D, seed=9), training=True)
     weights = {k: v.clone() for k, v in router.named_parameters()}
     if hasattr(router, "after_step"):
         feedback = () if told.feedback is None else (told.feedback,)
