@@ -41,7 +41,9 @@ class Routing(NamedTuple):
     inf or NaN; valid (T,) bool, False for padding; num_dropped () int64 assignments that the router
     made and a capacity took back; penalty () what the router itself adds to the loss, weighted, the
     mean over valid tokens, None for nothing; feedback (E,) float32 what its `after_step` is told
-    beside the counts, a mean over valid tokens, None for nothing.
+    beside the counts, a mean over valid tokens, None for nothing; noise_std (T, E)
+    float32 standard deviation of the noise on its logits, selection_logits (T, E) float32 with that
+    noise, whose K largest were chosen, both None where there is no such noise.
     """
 
     router_logits: Tensor
@@ -55,6 +57,8 @@ class Routing(NamedTuple):
     num_dropped: Tensor
     penalty: Tensor | None = None
     feedback: Tensor | None = None
+    noise_std: Tensor | None = None
+    selection_logits: Tensor | None = None
 
 
 def make_routing(
@@ -66,12 +70,14 @@ def make_routing(
     *,
     logits_finite: Tensor | None = None,
     num_dropped: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    selection_logits: Tensor | None = None,
 ) -> Routing:
     """Complete a router's decision: padding is given no expert, assignments are counted.
 
     Args: as in `Routing`; `valid` (T,) bool or None; logits_finite: (T,) bool, as `fused_topk`
         returns it, or None to look at the logits here. num_dropped: () int64, as in `Routing`; None
-        where there is no capacity.
+        where there is no capacity. noise_std, selection_logits: (T, E), as in `Routing`.
     """
     num_tokens, num_experts = router_logits.shape
     finite = logits_finite
@@ -99,6 +105,8 @@ def make_routing(
         finite.all(),
         torch.ones_like(finite) if valid is None else valid,
         torch.zeros_like(counted) if num_dropped is None else num_dropped,
+        noise_std=noise_std,
+        selection_logits=selection_logits,
     )
 
 

@@ -13,7 +13,8 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
               expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,
               plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`
 
-A module may have EXAMPLES, settings that the contract's tests try beside the defaults.
+A module may have EXAMPLES, settings that the contract's tests try beside the defaults; a loss,
+NEEDS, fields of the Routing that it reads although not every router fills them.
 """
 
 import importlib
