@@ -71,6 +71,11 @@ class VariantConfig(BaseModel):
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether each of these experts has three matrices of D and F, or two without a gate."""
+        return True
+
 
 # What the module of a variant has, beside its Config.
 PARTS = {"routers": "Router", "losses": "loss", "experts": "Experts"}
