@@ -105,14 +105,16 @@ class ModelConfig(Section):
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
         A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K (or mean number of) routed and its shared experts and the D E of its router.
+        of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
+        the D E of its router.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
             return moe.dense_intermediate_size
         shared = moe.num_shared_experts * self.shared_intermediate_size
-        routed = round(self.experts_per_token * moe.intermediate_size)
-        return routed + shared + round(moe.num_experts / 3)
+        matrices = 3 if moe.experts.has_gate else 2
+        routed = matrices * round(self.experts_per_token * moe.intermediate_size)
+        return shared + round((routed + moe.num_experts) / 3)
 
     @property
     def shared_intermediate_size(self) -> int:

@@ -14,7 +14,8 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
               expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,
               plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`
 
-A module may have EXAMPLES, settings that the contract's tests try beside the defaults.
+A module may have EXAMPLES, settings that the contract's tests try beside the defaults; a loss,
+NEEDS, fields of the Routing that it reads although not every router fills them.
 """
 
 import importlib
@@ -75,6 +76,11 @@ class VariantConfig(BaseModel):
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each of these experts has three matrices of D and F, or two without a gate."""
+        return True
 
 
 # What the module of a variant has, beside its Config.
