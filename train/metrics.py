@@ -153,7 +153,9 @@ def loss_weights(model: ModelConfig) -> dict[str, float]:
     weights = {}
     if model.moe_layers:
         weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
-        if load_variant("routers", model.moe.router.name).Router.penalizes:
+        router = load_variant("routers", model.moe.router.name).Router
+        # A router of somebody's own may be any module.
+        if getattr(router, "penalizes", False):
             weights["router_penalty"] = 1.0
     if model.lm_z_loss_weight:
         weights["lm_z_loss"] = model.lm_z_loss_weight
