@@ -1,6 +1,6 @@
 """Which K experts does each token choose, and with what weights? Score function and top-k in one.
 
-    probs = softmax(logits)  or  sigmoid(logits)                          (T, E) float32
+    probs = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))    (T, E) float32
     topk_indices[t] = the K largest of probs[t] + bias, ties to the lowest index
     topk_weights[t, k] = probs[t, topk_indices[t, k]], divided by their sum if `normalize`
 
@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
@@ -24,7 +25,9 @@ from kernels.launch import (
     resolve_backend,
 )
 
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+# Below it the square root of softplus counts as constant: its square stays a normal float32.
+LEAST_SOFTPLUS = -80.0
 
 
 class TopK(NamedTuple):
@@ -54,6 +57,16 @@ def lowest_index_topk(scores: Tensor, top_k: int) -> Tensor:
         scores.scatter_(-1, best, -torch.inf)
         columns.append(best)
     return torch.cat(columns, dim=-1)
+
+
+def score_of(logits: Tensor, score: str) -> Tensor:
+    """The scores of (T, E) logits: `softmax`, `sigmoid` or `sqrt_softplus`."""
+    if score == "softmax":
+        return logits.softmax(-1)
+    if score == "sigmoid":
+        return logits.sigmoid()
+    # The root's gradient at 0 would be inf times 0.
+    return F.softplus(logits.clamp(min=LEAST_SOFTPLUS)).sqrt()
 
 
 def _mask_groups(scores: Tensor, num_groups: int, groups_kept: int) -> Tensor:
@@ -92,7 +105,7 @@ def fused_topk(
     Args:
         router_logits: (T, E).
         top_k: K, at most E.
-        score: `softmax` over the experts, or `sigmoid` of each.
+        score: `softmax` over the experts, `sigmoid` or `sqrt_softplus` of each (DeepSeek-V4).
         normalize: divide the chosen weights by their sum (so that they sum to 1).
         bias: (E,) added for the choice only.
         groups: (number of groups of neighbouring experts, groups that a token may use).
@@ -131,12 +144,12 @@ def fused_topk(
 
         logits = router_logits.contiguous()
         bias = None if bias is None else bias.contiguous()
-        options = top_k, score == "softmax", normalize
+        options = top_k, SCORES.index(score), normalize
         return TopK(*topk_op(logits, bias, *options, *(groups or (0, 0))))
     with no_autocast(router_logits):
         # bfloat16 scores tie and flip choices; the router is in float32 whatever the model is in.
         logits = at_least_float32(router_logits)
-        probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
+        probs = score_of(logits, score)  # (T, E)
         choice = logits.detach()
         if bias is not None or groups is not None:
             choice = probs.detach()
@@ -176,7 +189,7 @@ def weights_of(
         raise ValueError(f"weights_of: score ({score!r}) must be one of {', '.join(SCORES)}")
     with no_autocast(router_logits):
         logits = at_least_float32(router_logits)
-        probs = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # (T, E)
+        probs = score_of(logits, score)  # (T, E)
         weights = _weights(probs, topk_indices.clamp(min=0), False)  # (T, K)
         weights = weights.masked_fill(topk_indices < 0, 0)
         if normalize:

@@ -26,6 +26,9 @@ INTERPRETED_TOKENS = 128
 # Below the rank of any score.
 _TAKEN = tl.constexpr(-(2**63))
 _LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+# Below it the square root of softplus counts as constant: its square stays a normal float32.
+LEAST_SOFTPLUS = tl.constexpr(-80.0)
+LEAST_SQUARE = tl.constexpr(1.81e-35)
 # Sigmoid scores can all underflow; softmax ones sum to at least 1/E.
 LEAST_SUM = tl.constexpr(1e-20)
 
@@ -90,7 +93,7 @@ def _forward_kernel(
     finite_ptr,
     num_tokens,
     num_experts,
-    SOFTMAX: tl.constexpr,
+    SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -111,13 +114,20 @@ def _forward_kernel(
     finite = tl.max(broken.to(tl.int32), 1) == 0
     tl.store(finite_ptr + token, finite, mask=token < num_tokens)
 
-    if SOFTMAX:
+    if SCORE == 0:
         least = tl.where(expert < num_experts, logits, -float("inf"))
         probs = tl.exp(least - tl.max(least, 1)[:, None])
         probs = probs / tl.sum(probs, 1)[:, None]
     else:
         small = tl.exp(-tl.abs(logits))
-        probs = tl.where(logits >= 0, 1.0, small) / (1.0 + small)
+        if SCORE == 1:
+            probs = tl.where(logits >= 0, 1.0, small) / (1.0 + small)
+        else:
+            bounded = tl.where(logits < LEAST_SOFTPLUS, LEAST_SOFTPLUS, logits)
+            small = tl.exp(-tl.abs(bounded))
+            # log(1 + small) is 0 where 1 + small rounds to 1.
+            log1p = tl.where(small < 1e-3, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
+            probs = tl.sqrt_rn(tl.maximum(bounded, 0.0) + log1p)
         # A comparison with NaN is false.
         probs = tl.where(logits == logits, probs, logits)
     tl.store(probs_ptr + at, probs, mask=inside)
@@ -168,7 +178,7 @@ def _backward_kernel(
     grad_logits_ptr,
     num_tokens,
     num_experts,
-    SOFTMAX: tl.constexpr,
+    SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -203,10 +213,16 @@ def _backward_kernel(
             grad_weight = tl.load(grad_weights_ptr + token * TOP_K + k, mask=present, other=0.0)
             share = (grad_weight - mean) / scale
             grad += tl.where(expert == index[:, None], share[:, None], 0.0)
-    if SOFTMAX:
+    if SCORE == 0:
         grad = probs * (grad - tl.sum(probs * grad, 1)[:, None])
-    else:
+    elif SCORE == 1:
         grad = probs * (1.0 - probs) * grad
+    else:
+        # p = sqrt(softplus(x)):  dp/dx = sigmoid(x) / (2 p),  sigmoid(x) = 1 - exp(-p^2).
+        square = probs * probs
+        sigmoid = tl.where(square < 1e-3, square * (1.0 - 0.5 * square), 1.0 - tl.exp(-square))
+        slope = tl.where(square <= LEAST_SQUARE, 0.0, sigmoid / (2.0 * probs))
+        grad = slope * grad
     tl.store(grad_logits_ptr + at, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -233,7 +249,7 @@ def topk_op(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
-    softmax: bool,
+    score: int,
     normalize: bool,
     num_groups: int,
     groups_kept: int,
@@ -243,7 +259,7 @@ def topk_op(
     outputs = _empty(logits, top_k)
     if num_tokens:
         tile = _tile(num_experts, architecture(logits.device))
-        constants = {"SOFTMAX": softmax, "NORMALIZE": normalize, "TOP_K": top_k}
+        constants = {"SCORE": score, "NORMALIZE": normalize, "TOP_K": top_k}
         constants |= _groups(num_experts, num_groups, groups_kept)
         constants |= {"BLOCK_K": triton.next_power_of_2(top_k), **tile.options()}
         grid = (triton.cdiv(num_tokens, tile.blocks["BLOCK_TOKENS"]),)
@@ -263,7 +279,7 @@ def _empty(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @topk_op.register_fake
-def _(logits, bias, top_k, softmax, normalize, num_groups, groups_kept):
+def _(logits, bias, top_k, score, normalize, num_groups, groups_kept):
     return _empty(logits, top_k)
 
 
@@ -274,7 +290,7 @@ def topk_backward_op(
     probs: Tensor,
     indices: Tensor,
     dtype: torch.dtype,
-    softmax: bool,
+    score: int,
     normalize: bool,
 ) -> Tensor:
     """Gradient of the logits (T, E), in `dtype`."""
@@ -283,7 +299,7 @@ def topk_backward_op(
     if num_tokens:
         grads = (None if grad is None else grad.contiguous() for grad in (grad_weights, grad_probs))
         tile = _tile(num_experts, architecture(probs.device))
-        constants = {"SOFTMAX": softmax, "NORMALIZE": normalize, "TOP_K": indices.shape[1]}
+        constants = {"SCORE": score, "NORMALIZE": normalize, "TOP_K": indices.shape[1]}
         constants |= tile.options()
         grid = (triton.cdiv(num_tokens, tile.blocks["BLOCK_TOKENS"]),)
         tensors = *grads, probs, indices, grad_logits
@@ -293,15 +309,15 @@ def topk_backward_op(
 
 
 @topk_backward_op.register_fake
-def _(grad_weights, grad_probs, probs, indices, dtype, softmax, normalize):
+def _(grad_weights, grad_probs, probs, indices, dtype, score, normalize):
     return torch.empty_like(probs, dtype=dtype)
 
 
 def _save(ctx, inputs, output):
-    logits, _, _, softmax, normalize, _, _ = inputs
+    logits, _, _, score, normalize, _, _ = inputs
     _, indices, probs, finite = output
     ctx.save_for_backward(probs, indices)
-    ctx.options = logits.dtype, softmax, normalize
+    ctx.options = logits.dtype, score, normalize
     ctx.mark_non_differentiable(indices, finite)
     # Without a balancing loss no (T, E) gradient comes: none is made up.
     ctx.set_materialize_grads(False)
@@ -322,18 +338,18 @@ def aot_cases() -> list[AotCase]:
     cases = []
     float32 = torch.float32
     sizes = {"num_tokens": int, "num_experts": int}
-    # (E, K, groups, groups kept, softmax)
-    shapes = [(8, 2, 0, 0, True), (64, 8, 0, 0, True), (128, 8, 0, 0, True)]
-    shapes += [(60, 4, 0, 0, True), (256, 8, 8, 4, False), (512, 16, 0, 0, True)]
-    for num_experts, top_k, num_groups, groups_kept, softmax in shapes:
+    # (E, K, groups, groups kept, score)
+    shapes = [(8, 2, 0, 0, 0), (64, 8, 0, 0, 0), (128, 8, 0, 0, 0)]
+    shapes += [(60, 4, 0, 0, 0), (256, 8, 8, 4, 1), (512, 16, 0, 0, 0), (384, 6, 0, 0, 2)]
+    for num_experts, top_k, num_groups, groups_kept, score in shapes:
         tile = _tile(num_experts, "sm_90")
         divisible = ("num_experts",) if num_experts % 16 == 0 else ()
-        shared = {"SOFTMAX": softmax, "NORMALIZE": True, "TOP_K": top_k}
+        shared = {"SCORE": score, "NORMALIZE": True, "TOP_K": top_k}
         constants = shared | {"BLOCK_K": triton.next_power_of_2(top_k)}
         constants |= _groups(num_experts, num_groups, groups_kept)
         for dtype in MATMUL_DTYPES:
             forward: dict[str, Any] = {"logits_ptr": dtype}
-            forward |= {"bias_ptr": None if softmax else float32}
+            forward |= {"bias_ptr": None if score == 0 else float32}
             forward |= {"weights_ptr": float32, "indices_ptr": torch.int64, "probs_ptr": float32}
             forward |= {"finite_ptr": torch.bool, **sizes}
             cases.append(AotCase(_forward_kernel, forward, tile, constants, divisible))

@@ -105,13 +105,16 @@ class ModelConfig(Section):
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
         A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K routed and its shared experts and the D E of its router.
+        of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
+        the D E of its router.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
             return moe.dense_intermediate_size
         shared = moe.num_shared_experts * self.shared_intermediate_size
-        return self.top_k * moe.intermediate_size + shared + round(moe.num_experts / 3)
+        matrices = 3 if moe.experts.has_gate else 2
+        routed = matrices * round(self.experts_per_token * moe.intermediate_size)
+        return shared + round((routed + moe.num_experts) / 3)
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -128,6 +131,11 @@ class ModelConfig(Section):
             )
         top_k = self.moe.router.top_k
         return self.moe.num_experts if top_k is None else top_k
+
+    @property
+    def experts_per_token(self) -> float:
+        """The mean over tokens: K, or what the router says where the number varies."""
+        return getattr(self.moe.router, "experts_per_token", self.top_k)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
@@ -163,6 +171,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self):
         moe = self.moe
+        # First: it names the router's own setting, which need not be top_k.
+        moe.router.check_experts(moe.num_experts)
         if self.top_k > moe.num_experts:
             raise ValueError(
                 f"model.moe.router.top_k ({self.top_k}) must not exceed "
@@ -187,7 +197,7 @@ class ModelConfig(Section):
                 f"model.moe.moe_layer_every"
             )
         router = load_variant("routers", moe.router.name).Router
-        if not router.causal and not moe.allow_non_causal:
+        if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"

@@ -47,7 +47,8 @@ class ModelOutput(NamedTuple):
 
     loss () to differentiate; lm_loss () nats per token of this pass; lm_z_loss () the mean squared
     logsumexp of the head, if `model.lm_z_loss_weight` is set; num_labels () counted labels;
-    aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers; aux_share
+    aux_losses () each, in the order of `model.moe.losses`, unweighted, mean over layers, and the
+    routers' own penalty behind them where they have one; aux_share
     () this pass's share of the step's tokens, and aux_coefficients () each, what each of the losses
     was multiplied by in `loss`; lm_z_coefficient () the same of lm_z_loss;
     logits (B, S, V); routings, one a routed layer; caches, one a block.
@@ -295,6 +296,9 @@ class MoETransformer(nn.Module):
                 )
             ]
             values.append(torch.stack(per_layer).mean())
+        penalties = [routing.penalty for routing in routings if routing.penalty is not None]
+        if penalties:
+            values.append(torch.stack(penalties).mean())
         return tuple(values)
 
     def _with_loss(
@@ -311,8 +315,9 @@ class MoETransformer(nn.Module):
                 num_tokens = output.routings[0].num_tokens.to(loss.dtype)
                 aux_share = num_tokens / totals.num_tokens.clamp(min=1)
         coefficients = []
-        for config, value in zip(self.config.moe.losses, output.aux_losses, strict=False):
-            weight = config.weight  # type: ignore[attr-defined]
+        weights = [config.weight for config in self.config.moe.losses]  # type: ignore[attr-defined]
+        # A router's own penalty, the last one where there is one, is weighted already.
+        for weight, value in zip([*weights, 1.0], output.aux_losses, strict=False):
             coefficients.append(weight * aux_share)
             if weight:
                 loss = loss + coefficients[-1] * value
@@ -405,7 +410,7 @@ def num_parameters(model: MoETransformer) -> ParameterCount:
             expert = held // layer.num_local_experts
             experts += expert * config.moe.num_experts
             total += expert * config.moe.num_experts - held
-            active += expert * config.top_k - held
+            active += round(expert * config.experts_per_token) - held
     embedding = table if config.tie_embeddings else table + model.head.weight.numel()
     return ParameterCount(total, active, embedding, experts)
 

@@ -39,7 +39,11 @@ class Routing(NamedTuple):
     -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments;
     num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a valid token is
     inf or NaN; valid (T,) bool, False for padding; num_dropped () int64 assignments that the router
-    made and a capacity took back.
+    made and a capacity took back; penalty () what the router itself adds to the loss, weighted, the
+    mean over valid tokens, None for nothing; feedback (E,) float32 what its `after_step` is told
+    beside the counts, a mean over valid tokens, None for nothing. Of a router that adds noise to
+    its logits, None elsewhere: noise_std (T, E) its standard deviation, with gradient;
+    selection_logits (T, E) what it chose by, which are the router_logits with their noise.
     """
 
     router_logits: Tensor
@@ -51,6 +55,10 @@ class Routing(NamedTuple):
     logits_finite: Tensor
     valid: Tensor
     num_dropped: Tensor
+    penalty: Tensor | None = None
+    feedback: Tensor | None = None
+    noise_std: Tensor | None = None
+    selection_logits: Tensor | None = None
 
 
 def make_routing(
@@ -62,12 +70,16 @@ def make_routing(
     *,
     logits_finite: Tensor | None = None,
     num_dropped: Tensor | None = None,
+    penalty: Tensor | None = None,
+    feedback: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    selection_logits: Tensor | None = None,
 ) -> Routing:
     """Complete a router's decision: padding is given no expert, assignments are counted.
 
     Args: as in `Routing`; `valid` (T,) bool or None; logits_finite: (T,) bool, as `fused_topk`
         returns it, or None to look at the logits here. num_dropped: () int64, as in `Routing`; None
-        where there is no capacity.
+        where there is no capacity. penalty and what follows: as in `Routing`.
     """
     num_tokens, num_experts = router_logits.shape
     finite = logits_finite
@@ -95,7 +107,26 @@ def make_routing(
         finite.all(),
         torch.ones_like(finite) if valid is None else valid,
         torch.zeros_like(counted) if num_dropped is None else num_dropped,
+        penalty,
+        feedback,
+        noise_std,
+        selection_logits,
     )
+
+
+def uniform_routing(
+    x: Tensor, topk_indices: Tensor, num_experts: int, weight: float, valid: Tensor | None
+) -> Routing:
+    """The Routing of a router without an opinion: logits 0, probabilities 1/E, one weight for all.
+
+    Args: x: (T, D), for its device and dtype; topk_indices: (T, K); weight: of each assignment.
+    """
+    # At least float32, as every router's scores.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    logits = x.new_zeros(len(x), num_experts, dtype=dtype)
+    probs = torch.full_like(logits, 1 / num_experts)
+    weights = logits.new_full(topk_indices.shape, weight).masked_fill(topk_indices < 0, 0)
+    return make_routing(logits, probs, weights, topk_indices, valid)
 
 
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:

@@ -4,14 +4,18 @@ A variant is one module in `moe/routers`, `moe/losses` or `moe/experts`, found b
 name with a dot (`my_lab.sinkhorn`) is imported as it stands, so a private variant needs no fork.
 Each module has a `Config` (a `VariantConfig`) and the class or function that it switches on:
 
-    routers   class Router(config, hidden_size, num_experts): forward(x, context) -> Routing;
-              Config has top_k, the K columns of its Routing (unused ones hold -1), None for E;
-              the class says `causal` and `fixed_k`, and `learned = False` if it has no weights
+    routers   class Router(config, hidden_size, num_experts), a `moe.router.RouterModule`:
+              forward(x, context) -> Routing; it says where it breaks a rule. Config has top_k,
+              the K columns of its Routing (unused ones hold -1), None for E; and where a token's
+              number of experts varies, experts_per_token, their mean
     losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
               forward(rows, tokens_per_expert, backend=...) -> rows, where rows behind the last
               expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,
               plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`
+
+A module may have EXAMPLES, settings that the contract's tests try beside the defaults; a loss,
+NEEDS, fields of the Routing that it reads although not every router fills them.
 """
 
 import importlib
@@ -60,10 +64,23 @@ class VariantConfig(BaseModel):
         """Its name in logs."""
         return self.name
 
+    def check_experts(self, num_experts: int) -> None:
+        """ValueError if a router's settings do not fit the number of experts."""
+
+    @property
+    def causal(self) -> bool:
+        """False where these settings let a router see later tokens that its class would not."""
+        return True
+
     @property
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether each of these experts has three matrices of D and F, or two without a gate."""
+        return True
 
 
 # What the module of a variant has, beside its Config.

@@ -7,7 +7,7 @@ logits within 1e-10 relative, and a planted leak gives more than 1e-6.
 import pytest
 import torch
 from conftest import relative_error
-from model_cases import tiny_model, tokens
+from model_cases import tiny_config, tiny_model, tokens
 
 from kernels import attention
 from moe.layer import MoELayer
@@ -32,6 +32,9 @@ CONFIGS = {
     "projection norm": {"attention": {"num_heads": 4, "qk_norm": "projection"}},
     "dense": {"feed_forward": "dense"},
 } | {name: {"moe": {"router": {"name": name}}} for name in variant_names("routers")}
+NOT_CAUSAL = [
+    name for name in variant_names("routers") if not load_variant("routers", name).Router.causal
+]
 
 
 @pytest.fixture(params=["short path", "flash path"])
@@ -40,12 +43,17 @@ def path(request, monkeypatch):
         monkeypatch.setattr(attention, "SHORT_KEYS", -1)
 
 
-def build(name):
-    model = tiny_model(dtype=torch.float64, **CONFIGS[name]).eval()
-    if not all(
-        getattr(m.router, "causal", True) for m in model.modules() if isinstance(m, MoELayer)
-    ):
+def build(name, by_place=True):
+    """A model in float64.
+
+    Args: by_place: False where a token's place in the batch must play no part.
+    """
+    if name in NOT_CAUSAL:
         pytest.skip("this router says that it is not causal")
+    model = tiny_model(dtype=torch.float64, **CONFIGS[name]).eval()
+    routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
+    if not by_place and not all(router.permutes_tokens for router in routers):
+        pytest.skip("this router says that it goes by a token's place")
     return model
 
 
@@ -138,7 +146,7 @@ def test_documents_do_not_see_each_other(path, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_packed_document_reads_as_it_does_alone(path, name):
-    model, ids = build(name), tokens(1, SEQ_LEN)
+    model, ids = build(name, by_place=False), tokens(1, SEQ_LEN)
     document_ids = torch.tensor([[0] * 5 + [1] * 9])
     with torch.no_grad():
         packed = model(ids, document_ids=document_ids).logits[:, 5:]
@@ -149,7 +157,7 @@ def test_a_packed_document_reads_as_it_does_alone(path, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_of_a_batch_do_not_see_each_other(name):
-    model, ids = build(name), tokens(3, SEQ_LEN)
+    model, ids = build(name, by_place=False), tokens(3, SEQ_LEN)
     with torch.no_grad():
         together = model(ids)
         alone = [model(row.unsqueeze(0)) for row in ids]
@@ -210,3 +218,38 @@ def test_a_router_that_sees_the_future_is_refused_unless_allowed(monkeypatch):
     model = tiny_model(moe={"allow_non_causal": True})
     assert isinstance(model, MoETransformer)
     init_weights(model, 0)
+
+
+def not_causal(name):
+    return {"moe": {"router": {"name": name}, "allow_non_causal": True}}
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_a_router_that_is_not_causal_is_refused_by_name(name):
+    with pytest.raises(ValueError) as caught:
+        tiny_config(**CONFIGS[name])
+    assert (
+        f"model.moe.router.name ({name}) lets a token see later ones, which spoils language "
+        f"modelling; set model.moe.allow_non_causal: true to use it anyway"
+    ) in str(caught.value)
+    assert tiny_config(**not_causal(name)).moe.router.name == name
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_with_a_router_that_is_not_causal_a_later_token_does_change_an_earlier_logit(name):
+    model = tiny_model(dtype=torch.float64, **not_causal(name))
+    ids, kept = tokens(2, SEQ_LEN), before(6)
+    # The other sequence is no earlier token.
+    kept[1] = False
+    with torch.no_grad():
+        moved = [
+            (model(changed_at(ids, (0, at))).logits - model(ids).logits)[kept].abs().max()
+            for at in range(6, SEQ_LEN)
+        ]
+    assert max(moved) > 1e-6
+
+
+def test_sinkhorn_is_causal_in_evaluation():
+    model = tiny_model(dtype=torch.float64, **not_causal("sinkhorn")).eval()
+    ids = tokens(2, SEQ_LEN)
+    assert difference(model, ids, changed_at(ids, (0, 6)), before(6)) < 1e-10

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.variants import variant_names
 from train.arguments import parse_arguments
 from train.config import RunConfig, config_from_dict, dump_config, load_config
 from train.config_errors import known_settings
@@ -97,7 +98,7 @@ MISTAKES = {
         [],
         [
             "x.yaml: model.moe.losses.0: no file load_balance.py in moe/losses"
-            " (did you mean load_balancing?); there are: load_balancing, router_z_loss"
+            " (did you mean load_balancing?); there are: " + ", ".join(variant_names("losses"))
         ],
     ),
     "variant that refuses the settings of the one it replaces": (

@@ -1,21 +1,21 @@
 """Does every kind of expert keep the contract: one network a row, its own, and no other?"""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equals, assignments, randn
+from conftest import assert_equals, assignments, randn, relative_error
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
 from moe.variants import load_variant, variant_names
 
 D, F = 10, 7
 
-# Settings to try of each kind, beside its defaults.
-SETTINGS = {"swiglu": [{"clamp": 0.5}, {"save": "x"}, {"save": "xha"}]}
 CASES = [
     pytest.param(name, settings, id=f"{name} {settings}")
     for name in variant_names("experts")
-    for settings in ({}, *SETTINGS.get(name, []))
+    for settings in ({}, *getattr(load_variant("experts", name), "EXAMPLES", ()))
 ]
 
 
@@ -119,14 +119,67 @@ def test_experts_are_stacked_tensors_and_build_on_meta(name, settings):
     with torch.device("meta"):
         experts = module.Experts(module.Config(name=name, **settings), 5, D, F)
     shapes = {n: tuple(p.shape) for n, p in experts.named_parameters()}
-    # As expert parallelism and checkpoints expect them: gate, down, up.
-    assert shapes == {"w1": (5, F, D), "w2": (5, D, F), "w3": (5, F, D)}
+    # As expert parallelism and checkpoints expect them: gate, down, up; no up without a gate.
+    gated = {"w3": (5, F, D)} if experts.config.has_gate else {}
+    assert shapes == {"w1": (5, F, D), "w2": (5, D, F)} | gated
 
 
-def test_swiglu_equals_numpy():
-    experts = build("swiglu", {}, 2)
+def normal_below(x):
+    return np.array([0.5 * (1 + math.erf(each / math.sqrt(2))) for each in x])
+
+
+ORACLES = {
+    "swiglu": lambda gate, up: gate / (1 + np.exp(-gate)) * up,
+    "geglu": lambda gate, up: gate * normal_below(gate) * up,
+    "gelu": lambda hidden: hidden * normal_below(hidden),
+    "relu2": lambda hidden: np.where(hidden > 0, hidden, 0) ** 2,
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_expert_equals_numpy(name, settings):
+    experts = build(name, settings, 2)
     row = randn(D, seed=9, dtype=torch.float64)
-    w1, w2, w3 = (w[1].detach().numpy() for w in (experts.w1, experts.w2, experts.w3))
-    gate, up = w1 @ row.numpy(), w3 @ row.numpy()
-    expected = w2 @ (gate / (1 + np.exp(-gate)) * up)
+    weights = {n: w[1].detach().numpy() for n, w in experts.named_parameters()}
+    hidden = [weights[n] @ row.numpy() for n in ("w1", "w3") if n in weights]
+    if "clamp" in settings:
+        bound = settings["clamp"]
+        assert max(abs(h).max() for h in hidden) > bound
+        hidden = [np.minimum(hidden[0], bound), np.clip(hidden[1], -bound, bound)]
+    expected = weights["w2"] @ ORACLES[name](*hidden)
     assert_equals(alone(experts, 1, row), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("name", variant_names("experts"))
+def test_file_states_its_source(name):
+    module = load_variant("experts", name)
+    assert "Source" in module.__doc__
+    assert module.Config.__doc__
+    assert name in ORACLES
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_gradcheck(name, settings):
+    experts = build(name, settings, 3)
+    rows = randn(5, D, seed=9, dtype=torch.float64).requires_grad_()
+    names = [n for n, _ in experts.named_parameters()]
+
+    def call(rows, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(experts, given, (rows, torch.tensor([2, 0, 2])))
+
+    weights = [p.detach().clone().requires_grad_() for p in experts.parameters()]
+    assert torch.autograd.gradcheck(call, [rows, *weights], fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_autocast_computes_in_bfloat16_and_gives_gradients_in_float32(name, settings):
+    experts, counts = build(name, settings, 5, torch.float32), torch.tensor([0, 3, 1, 0, 4])
+    rows = randn(8, D, seed=9).requires_grad_()
+    wide = experts(rows, counts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = experts(rows, counts)
+    assert narrow.dtype == torch.bfloat16
+    assert relative_error(narrow, wide) < 0.03
+    narrow.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in (rows, *experts.parameters()))

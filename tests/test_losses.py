@@ -2,30 +2,24 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_equals, randn, relative_error
+from loss_cases import CHECKS, E, Loss, T, broken_checks, build, cases, context, route
 from model_cases import tiny_model, tokens
 
-from moe.losses import LossContext
 from moe.model import BatchTotals
 from moe.routing import RouterContext, make_routing
-from moe.variants import load_variant, variant_names
+from moe.variants import load_variant
 
-T, E = 12, 4
-SETTINGS = {"load_balancing": [{"scope": "micro_batch"}, {"scope": "sequence"}]}
-CASES = [
-    pytest.param(name, settings, id=f"{name} {settings}")
-    for name in variant_names("losses")
-    for settings in ({}, *SETTINGS.get(name, []))
-]
+CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in cases()]
 
 
 def compute(name, settings, routing, valid=None, shape=None, counts=None):
-    module = load_variant("losses", name)
-    shape = shape or (1, len(routing.topk_indices))
-    router = RouterContext(torch.zeros(shape[0] * shape[1]).long(), None, valid, shape, True)
-    return module.loss(module.Config(name=name, **settings), routing, LossContext(router, counts))
+    """The value of a loss; `routing` has what the loss needs."""
+    given = context(len(routing.topk_indices), valid, shape, counts)
+    return build(name, settings).call(routing, given)
 
 
 def routing_of(probs, indices, valid=None, logits=None):
@@ -33,11 +27,6 @@ def routing_of(probs, indices, valid=None, logits=None):
     probs, indices = torch.as_tensor(probs), torch.as_tensor(indices)
     logits = probs.log() if logits is None else logits
     return make_routing(logits, probs, torch.ones(indices.shape), indices, valid)
-
-
-def routing_top2(logits):
-    probs = logits.softmax(-1)
-    return make_routing(logits, probs, *probs.topk(2), None)
 
 
 def random_routing(valid=None, seed=0, num_experts=E, dtype=torch.float32):
@@ -50,72 +39,94 @@ def random_routing(valid=None, seed=0, num_experts=E, dtype=torch.float32):
 # --- the contract, of every file ---
 
 
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_a_loss_is_one_finite_number_whose_gradient_reaches_the_router(name, settings):
-    logits, routing = random_routing()
-    value = compute(name, settings, routing)
-    assert value.shape == ()
-    assert value.dtype == torch.float32
-    assert value.isfinite()
-    value.backward()
-    assert logits.grad.abs().sum() > 1e-4
-    assert load_variant("losses", name).Config(**settings, weight=0.5).weight == 0.5
+def test_loss_keeps_the_contract(name, settings, check):
+    CHECKS[check](build(name, settings))
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_padding_counts_nowhere(name, settings):
-    valid = torch.arange(T) < 9
-    values, grads = [], []
-    for size in (1.0, 50.0):
-        logits = randn(T, E, seed=1)
-        logits[~valid] *= size
-        logits.requires_grad_()
-        probs = logits.softmax(-1)
-        routing = make_routing(logits, probs, *probs.topk(2), valid)
-        value = compute(name, settings, routing, valid)
-        value.backward()
-        values.append(value)
-        grads.append(logits.grad)
-    assert torch.equal(*values)
-    assert torch.equal(*grads)
-    assert torch.count_nonzero(grads[0][~valid]) == 0
-    # The same as without these tokens at all.
-    logits = randn(T, E, seed=1)[:9]
-    probs = logits.softmax(-1)
-    assert_equals(
-        values[0], compute(name, settings, make_routing(logits, probs, *probs.topk(2), None))
-    )
+@pytest.mark.parametrize("name", sorted({name for name, _ in cases()}))
+def test_loss_states_its_source_and_has_a_weight(name):
+    module = load_variant("losses", name)
+    assert "Source" in module.__doc__
+    assert module.Config.__doc__
+    assert module.Config(weight=0.5).weight == 0.5
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        module.Config(weight=-1)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_nothing_but_padding_is_zero(name, settings):
-    valid = torch.zeros(T, dtype=torch.bool)
-    logits, routing = random_routing(valid)
-    value = compute(name, settings, routing, valid)
-    value.backward()
-    assert value.item() == 0
-    assert torch.count_nonzero(logits.grad) == 0
+def sound(routing, context):
+    """The mean square of the valid tokens' probabilities, without any bug."""
+    squares = routing.router_probs.square().sum(-1)
+    if context.router.valid is not None:
+        squares = squares * context.router.valid
+    return squares.sum() / routing.num_tokens.clamp(min=1)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_the_order_of_experts_and_tokens_plays_no_part(name, settings):
-    logits = randn(T, E, seed=2)
-    value = compute(name, settings, routing_top2(logits))
-    assert_equals(compute(name, settings, routing_top2(logits.flip(1))), value)
-    assert_equals(compute(name, settings, routing_top2(logits.flip(0))), value)
+def counts_padding(routing, context):
+    return routing.router_probs.square().sum(-1).mean()
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_gradcheck(name, settings):
-    logits = randn(T, E, seed=3, dtype=torch.float64).requires_grad_()
-    indices = logits.topk(2).indices
+def divides_by_padding(routing, context):
+    return sound(routing, context) * routing.num_tokens / len(routing.router_probs)
 
-    def call(logits):
-        probs = logits.softmax(-1)
-        routing = make_routing(logits, probs, probs.gather(1, indices), indices, None)
-        return compute(name, settings, routing, shape=(3, 4))
 
-    assert torch.autograd.gradcheck(call, [logits])
+def without_gradient(routing, context):
+    """Of the counts alone, which have none."""
+    return routing.tokens_per_expert.float().var() + 0 * sound(routing, context)
+
+
+def detached(routing, context):
+    return sound(routing, context).detach()
+
+
+def prefers_an_expert(routing, context):
+    return sound(routing, context) + routing.router_probs[:, 0].sum() * 0.1
+
+
+def in_autocast(routing, context):
+    probs = routing.router_probs
+    if context.router.valid is not None:
+        probs = probs * context.router.valid.unsqueeze(-1)
+    return (probs @ probs.T).trace().float()
+
+
+def endless_entropy(routing, context):
+    probs = routing.router_probs
+    return sound(routing, context) - (probs * probs.log()).sum() * 0
+
+
+def pooled():
+    """Sums of all layers so far, as a list in a module would have them."""
+    seen = []
+
+    def call(routing, context):
+        seen.append(sound(routing, context))
+        return torch.stack(seen).sum()
+
+    return call
+
+
+PLANTED = {
+    "counts padding": (lambda: counts_padding, {"padding", "only_padding"}),
+    "divides by padding": (lambda: divides_by_padding, {"padding"}),
+    "has no gradient": (lambda: without_gradient, {"number_with_gradient"}),
+    "is detached": (lambda: detached, {"number_with_gradient"}),
+    "pools layers": (pooled, {"layers_stand_alone"}),
+    "prefers an expert": (lambda: prefers_an_expert, {"order"}),
+    "rounds under autocast": (lambda: in_autocast, {"float32"}),
+    "takes the log of 0": (lambda: endless_entropy, {"extremes"}),
+}
+
+
+def test_a_sound_loss_passes_every_check():
+    assert list(broken_checks(lambda: Loss(sound))) == []
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_contract_notices_a_loss_that(bug):
+    make, expected = PLANTED[bug]
+    assert expected <= set(broken_checks(lambda: Loss(make())))
 
 
 # --- values by hand ---
@@ -219,6 +230,154 @@ def test_z_loss_gradient_is_2_lse_softmax_over_t():
     compute("router_z_loss", {}, routing).backward()
     lse = logits.detach().exp().sum(-1, keepdim=True).log()
     assert_equals(logits.grad, 2 * lse * (logits.detach() - lse).exp() / T)
+
+
+# --- values from NumPy ---
+
+
+def numpy_case(with_padding):
+    """(Routing with all that a loss may need, valid, the same in NumPy without padding)."""
+    valid = torch.arange(T) % 3 > 0 if with_padding else None
+    logits = 2 * randn(T, E, seed=11, dtype=torch.float64)
+    routing = route(logits, valid, ("noise_std", "selection_logits"))
+    kept = slice(None) if valid is None else valid.numpy()
+    fields = ("router_logits", "router_probs", "topk_weights", "topk_indices")
+    fields += ("noise_std", "selection_logits")
+    return routing, valid, [getattr(routing, field).numpy()[kept] for field in fields]
+
+
+def squared_cv(sums):
+    return np.var(sums) / np.mean(sums) ** 2
+
+
+def entropy_of(probs):
+    return -sum(p * math.log(p) for p in probs)
+
+
+def oracle(name, settings, logits, probs, weights, indices, std, noisy):
+    """A loss of valid tokens alone, token by token and expert by expert."""
+    num_tokens, experts = len(probs), range(E)
+    if name == "importance" and settings.get("of") == "router_probs":
+        return squared_cv(probs.sum(0))
+    if name == "importance":
+        return squared_cv([weights[indices == e].sum() for e in experts])
+    if name == "load":
+        load = np.zeros(E)
+        for t in range(num_tokens):
+            for e in experts:
+                others = sorted((noisy[t, i] for i in experts if i != e), reverse=True)
+                z = (logits[t, e] - others[indices.shape[1] - 1]) / std[t, e]
+                load[e] += 0.5 * (1 + math.erf(z / math.sqrt(2)))
+        return squared_cv(load)
+    if name == "entropy":
+        sharpen = sum(entropy_of(p) for p in probs) / num_tokens
+        spread = math.log(E) - entropy_of(probs.mean(0))
+        return {"sharpen": sharpen, "spread": spread, "both": sharpen + spread}[settings["aim"]]
+    if name == "orthogonality":
+        pairs = [(i, j) for i in experts for j in experts if i != j]
+        length = np.sqrt((probs**2).sum(0))
+        cosines = [probs[:, i] @ probs[:, j] / (length[i] * length[j]) for i, j in pairs]
+        return sum(c**2 for c in cosines) / len(pairs)
+    assert name == "variance"
+    return -sum(((probs[:, e] - probs[:, e].mean()) ** 2).mean() for e in experts) / E
+
+
+@pytest.mark.parametrize("with_padding", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("importance", {}),
+        ("importance", {"of": "router_probs"}),
+        ("load", {}),
+        ("entropy", {"aim": "sharpen"}),
+        ("entropy", {"aim": "spread"}),
+        ("entropy", {"aim": "both"}),
+        ("orthogonality", {}),
+        ("variance", {}),
+    ],
+)
+def test_loss_equals_numpy(name, settings, with_padding):
+    routing, valid, arrays = numpy_case(with_padding)
+    value = compute(name, settings, routing, valid).item()
+    assert value == pytest.approx(oracle(name, settings, *arrays), rel=1e-10)
+
+
+def test_importance_is_0_at_equal_sums_and_e_minus_1_at_collapse():
+    for of in ("topk_weights", "router_probs"):
+        equal = make_routing(torch.eye(4), torch.eye(4), torch.ones(4, 1), _column(range(4)), None)
+        assert compute("importance", {"of": of}, equal).item() == 0
+        one = torch.eye(4)[[2] * 4]
+        collapsed = make_routing(one, one, torch.ones(4, 1), _column([2] * 4), None)
+        assert compute("importance", {"of": of}, collapsed).item() == pytest.approx(3)
+
+
+def _column(indices):
+    return torch.tensor(list(indices)).unsqueeze(-1)
+
+
+def test_load_is_that_of_noise_drawn_again():
+    """P(t, i) is how often i is among the K chosen where its noise alone is another one."""
+    logits = randn(3, E, seed=12, dtype=torch.float64)
+    routing = route(logits, None, ("noise_std", "selection_logits"))
+    draws, loads = 40000, torch.zeros(E, dtype=torch.float64)
+    for expert in range(E):
+        noise = randn(draws, 3, seed=expert, dtype=torch.float64)
+        noisy = routing.selection_logits.expand(draws, 3, E).clone()
+        noisy[..., expert] = logits[:, expert] + routing.noise_std[:, expert] * noise
+        loads[expert] = (noisy.topk(2).indices == expert).any(-1).double().mean(0).sum()
+    assert compute("load", {}, routing).item() == pytest.approx(squared_cv(loads.numpy()), rel=0.03)
+
+
+def test_load_without_a_noisy_router_says_which_to_take():
+    with pytest.raises(
+        ValueError, match=r"model\.moe\.losses names load.*router\.name: noisy_topk"
+    ):
+        compute("load", {}, random_routing()[1])
+    model = tiny_model(moe={"losses": [{"name": "load"}]})
+    with pytest.raises(ValueError, match="noisy_topk"):
+        model(tokens(2, 5), tokens(2, 5))
+
+
+def test_load_of_all_experts_is_balanced_whatever_the_noise():
+    logits = randn(5, 2, seed=13)
+    noise = {"noise_std": torch.ones(5, 2), "selection_logits": logits}
+    routing = route(logits)
+    routing = routing._replace(**noise)
+    assert compute("load", {}, routing).item() == 0
+
+
+def test_entropy_at_sure_even_and_collapsed_routers():
+    even = routing_of(torch.full((4, 4), 0.25), torch.zeros(4, 1).long())
+    sure = routing_of(torch.eye(4), _column(range(4)))
+    collapsed = routing_of(torch.eye(4)[[1] * 4], _column([1] * 4))
+    log_e = pytest.approx(math.log(4))
+    expected = {
+        "sharpen": (log_e, 0, 0),
+        "spread": (pytest.approx(0, abs=1e-7), pytest.approx(0, abs=1e-7), log_e),
+        "both": (log_e, pytest.approx(0, abs=1e-7), log_e),
+    }
+    for aim, values in expected.items():
+        found = [compute("entropy", {"aim": aim}, r).item() for r in (even, sure, collapsed)]
+        assert tuple(found) == values, aim
+
+
+def test_orthogonality_is_0_at_disjoint_tokens_and_1_at_equal_wishes():
+    disjoint = routing_of(torch.eye(4).repeat(3, 1), torch.zeros(12, 1).long())
+    assert compute("orthogonality", {}, disjoint).item() == 0
+    equal = routing_of(torch.tensor([0.5, 0.3, 0.1, 0.1]).expand(6, 4), torch.zeros(6, 1).long())
+    assert compute("orthogonality", {}, equal).item() == pytest.approx(1)
+
+
+def test_a_step_down_the_gradient_does_what_the_loss_is_for():
+    """Entropy falls or rises, cosines fall, variance rises, sums become more equal."""
+    for name, settings in cases():
+        loss = build(name, settings)
+        logits = randn(T, E, seed=14, dtype=torch.float64).requires_grad_()
+        before = loss.call(route(logits, None, loss.needs), context(T))
+        before.backward()
+        with torch.no_grad():
+            moved = logits - 1e-3 * logits.grad / logits.grad.norm()
+        assert loss.call(route(moved, None, loss.needs), context(T)) < before, name
 
 
 # --- the same whatever splits the batch ---

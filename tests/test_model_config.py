@@ -1,5 +1,7 @@
 """Is each mistake in a model's config named, and does the config place its parts?"""
 
+from pathlib import Path
+
 import pytest
 from model_cases import tiny_config, tiny_model, tokens
 from pydantic import ValidationError
@@ -7,6 +9,8 @@ from pydantic import ValidationError
 from moe.config import ModelConfig
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer
+
+ROUTERS = Path(__file__).parent.parent / "moe/routers"
 
 MISTAKES = {
     "model.hidden_size (24) must be a multiple of model.attention.num_heads (5), or give "
@@ -35,7 +39,8 @@ MISTAKES = {
     "set normalize: false or top_k of at least 2": {
         "moe": {"router": {"top_k": 1, "name": "topk"}}
     },
-    "no file topc.py in moe/routers (did you mean topk?); there are: topk": {
+    "no file topc.py in moe/routers (did you mean topk?); there are: "
+    + ", ".join(path.stem for path in sorted(ROUTERS.glob("[!_]*.py"))): {
         "moe": {"router": {"name": "topc"}}
     },
     "cannot import no_lab.router: ModuleNotFoundError: No module named 'no_lab'": {

@@ -21,6 +21,11 @@ COUNTED = {
         "moe": {"moe_layer_every": 2, "dense_intermediate_size": 40},
     },
     "window": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5}},
+    "gated otherwise": {"moe": {"experts": {"name": "geglu"}}},
+    "no gate": {
+        "num_layers": 3,
+        "moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1, "num_dense_layers": 1},
+    },
 }
 
 
@@ -31,22 +36,24 @@ def test_parameters_equal_a_hand_formula(name):
     config = model.config
     moe, shared = config.moe, config.moe.num_shared_experts
     attention = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 2 * 6
+    expert = (2 if moe.experts.name == "relu2" else 3) * 24 * 14
     total = active = 0
     for layer in range(config.num_layers):
         if config.is_moe_layer(layer):
             own = 6 * 24 + shared * 3 * 24 * 14
-            total += own + 6 * 3 * 24 * 14
-            active += own + 2 * 3 * 24 * 14
+            total += own + 6 * expert
+            active += own + 2 * expert
         else:
-            # 2 * 14 + shared + round(6 / 3): the width of equal active FLOPs
-            width = moe.dense_intermediate_size or 2 * 14 + shared * 14 + 2
+            # shared + round((2 * expert / 24 + 6) / 3): the width of equal active FLOPs
+            routed = {2: 21, 3: 30}[expert // (24 * 14)]  # 62 / 3 and 90 / 3
+            width = moe.dense_intermediate_size or shared * 14 + routed
             total += 3 * 24 * width
             active += 3 * 24 * width
         total += attention + 2 * 24
         active += attention + 2 * 24
     table = 67 * 24
     tables = table if config.tie_embeddings else 2 * table
-    experts = len(config.moe_layers) * 6 * 3 * 24 * 14
+    experts = len(config.moe_layers) * 6 * expert
     expected = (total + 24 + tables, active + 24 + table, tables, experts)
     assert tuple(num_parameters(model)) == expected
 
@@ -77,7 +84,16 @@ def counted_flops(model, batch, seq_len):
 
 
 @pytest.mark.parametrize("feed_forward", ["moe", "dense"])
-@pytest.mark.parametrize("changes", [{}, {"moe": {"num_shared_experts": 1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe": {"num_shared_experts": 1}},
+        {"moe": {"experts": {"name": "geglu"}}},
+        {"moe": {"experts": {"name": "gelu"}}},
+        {"moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1}},
+    ],
+)
 def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
     seq_len = 16
     model = tiny_model(hidden_size=64, feed_forward=feed_forward, **changes)
@@ -95,6 +111,7 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {"moe": {"num_shared_experts": 2, "shared_intermediate_size": 40}},
         {"num_layers": 4, "moe": {"num_dense_layers": 1, "dense_intermediate_size": 300}},
         {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
+        {"moe": {"experts": {"name": "gelu"}, "num_shared_experts": 1}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

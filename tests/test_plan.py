@@ -36,8 +36,8 @@ FINE = {
 }
 
 
-def experts(save: str) -> dict[str, Any]:
-    return {"model.moe": WIDE["model.moe"] | {"experts": {"name": "swiglu", "save": save}}}
+def experts(name: str, **settings: Any) -> dict[str, Any]:
+    return {"model.moe": WIDE["model.moe"] | {"experts": {"name": name, **settings}}}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -52,8 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": {"model.feed_forward": "dense"},
     "fine experts": {"model.moe": FINE},
     "fine experts in bfloat16": {"model.moe": FINE, "training.precision": "bfloat16"},
-    "experts keep x": experts("x"),
-    "experts keep a": experts("xha"),
+    "experts keep x": experts("swiglu", save="x"),
+    "experts keep a": experts("swiglu", save="xha"),
+    "GEGLU": experts("geglu"),
+    "GEGLU with a clamp": experts("geglu", clamp=1.0),
+    "GEGLU in bfloat16": experts("geglu") | {"training.precision": "bfloat16"},
+    "GELU": experts("gelu"),
+    "squared ReLU": experts("relu2"),
+    "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
 }
 
@@ -99,7 +105,7 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
     assert kept + one_block < 0.5 * without
 
 
-@pytest.mark.parametrize("case", ["as it is", "dense", "fine experts", "tied"])
+@pytest.mark.parametrize("case", ["as it is", "dense", "fine experts", "tied", "GEGLU", "GELU"])
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.
     config = make_config(tmp_path, WIDE | CASES[case] | {"training.seq_len": 4})

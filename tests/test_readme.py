@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from router_cases import CHECKS, maker
 
 from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights
+from moe.variants import load_variant
 from train.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -66,3 +68,8 @@ def test_example_of_a_router_trains(tmp_path, monkeypatch):
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
+    # And it keeps the contract, as every router of ours.
+    examples = load_variant("routers", "readme_lab.cosine").EXAMPLES
+    for settings in ({}, *examples):
+        for check in CHECKS.values():
+            check(maker("readme_lab.cosine", settings))

@@ -13,6 +13,20 @@ _FLOAT32 = 4
 _KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 2}
 
 
+def _kept_widths(model: ModelConfig) -> tuple[int, int]:
+    """Rows of (F,) and of (D,) that the experts keep for each assignment, their outputs included.
+
+    Those of `moe.expert_rows` keep what each step takes: the rows, w1 x and w3 x, clamped where a
+    clamp is set, the activation, and its product with w3 x.
+    """
+    experts = model.moe.experts
+    if hasattr(experts, "save"):
+        return _KEPT_WIDTHS[experts.save], 1
+    if not experts.has_gate:
+        return 2, 2
+    return (4 if getattr(experts, "clamp", None) is None else 6), 2
+
+
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
     """Bytes that the forward pass of one micro-batch keeps for its backward pass, on a CPU.
 
@@ -64,9 +78,8 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     if not model.is_moe_layer(layer):
         return kept + c * 4 * model.dense_intermediate_size
     moe = model.moe
-    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")]
-    # What the experts keep, and their outputs.
-    kept += c * (widths * moe.intermediate_size + model.hidden_size) * model.top_k
+    inner, outer = _kept_widths(model)
+    kept += c * (inner * moe.intermediate_size + outer * model.hidden_size) * model.top_k
     kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
     # The router's: its input in float32, that times the noise and the noise, logits and
     # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
@@ -80,14 +93,16 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
     w3 where they are stacked."""
     moe = model.moe
     if c == _FLOAT32:
-        stacked = model.is_moe_layer(layer) and moe.intermediate_size < NARROW
+        narrow = hasattr(moe.experts, "save") and moe.intermediate_size < NARROW
+        stacked = model.is_moe_layer(layer) and narrow
         return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths = model.dense_intermediate_size
+    widths = 3 * model.dense_intermediate_size
     if model.is_moe_layer(layer):
-        widths = moe.num_experts * moe.intermediate_size
-        widths += moe.num_shared_experts * model.shared_intermediate_size
-    return c * model.hidden_size * (heads * model.head_dim + 3 * widths)
+        matrices = 3 if moe.experts.has_gate else 2
+        widths = matrices * moe.num_experts * moe.intermediate_size
+        widths += 3 * moe.num_shared_experts * model.shared_intermediate_size
+    return c * model.hidden_size * (heads * model.head_dim + widths)
 
 
 def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
@@ -97,6 +112,6 @@ def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
     moe = model.moe
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
     quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
-    widths = _KEPT_WIDTHS[getattr(moe.experts, "save", "xh")] * moe.intermediate_size
-    widths += model.hidden_size
+    inner, outer = _kept_widths(model)
+    widths = inner * moe.intermediate_size + outer * model.hidden_size
     return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)

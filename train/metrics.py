@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.config import ModelConfig
 from moe.measures import router_sums
 from moe.routing import Routing
+from moe.variants import load_variant
 
 # A dead expert got nothing over this many optimizer steps.
 WINDOW_STEPS = 100
@@ -152,6 +153,10 @@ def loss_weights(model: ModelConfig) -> dict[str, float]:
     weights = {}
     if model.moe_layers:
         weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
+        router = load_variant("routers", model.moe.router.name).Router
+        # A router of somebody's own may be any module.
+        if getattr(router, "penalizes", False):
+            weights["router_penalty"] = 1.0
     if model.lm_z_loss_weight:
         weights["lm_z_loss"] = model.lm_z_loss_weight
     return weights

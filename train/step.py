@@ -94,7 +94,7 @@ def train_step(
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, sums.routing.counts[:, :-1])
+        update_routers(engine, sums.routing.counts[:, :-1], sums.feedback)
     engine.zero_grad()
     engine.clock.next_step()
     if problem is not None:
@@ -188,8 +188,9 @@ class _StepSums(NamedTuple):
     """Sums over the passes of a step; all tensors on the device, float64 where not said otherwise.
 
     loss_nonfinite () and logits_nonfinite (L,) count the passes with inf or NaN. aux_losses and
-    aux_coefficients (n,): each pass by its share of the tokens. work_seconds (W,) has this rank's
-    place filled. memory () GiB and routing.logit_max are maxima.
+    aux_coefficients (n,), and feedback (L, E), without layers where routers have none: each pass by
+    its share of the tokens. work_seconds (W,) has this rank's place filled. memory () GiB and
+    routing.logit_max are maxima.
     """
 
     lm_loss_sum: Tensor
@@ -198,6 +199,7 @@ class _StepSums(NamedTuple):
     num_labels: Tensor
     aux_losses: Tensor
     aux_coefficients: Tensor
+    feedback: Tensor
     loss_nonfinite: Tensor
     logits_nonfinite: Tensor
     work_seconds: Tensor
@@ -217,6 +219,7 @@ def add_output(sums: _StepSums | None, output: ModelOutput, *, detail: bool) -> 
     aux = [value.detach().double() * share for value in output.aux_losses]
     coefficients = [value.double() for value in output.aux_coefficients]
     finite = [routing.logits_finite for routing in output.routings]
+    feedback = [r.feedback.detach() for r in output.routings if r.feedback is not None]
     z_loss = none.new_zeros(()) if output.lm_z_loss is None else output.lm_z_loss.detach().double()
     z_weight = output.lm_z_coefficient
     now = _StepSums(
@@ -226,6 +229,7 @@ def add_output(sums: _StepSums | None, output: ModelOutput, *, detail: bool) -> 
         num_labels=output.num_labels.double(),
         aux_losses=torch.stack(aux) if aux else none,
         aux_coefficients=torch.stack(coefficients) if coefficients else none,
+        feedback=torch.stack(feedback).double() * share if feedback else none,
         loss_nonfinite=1 - torch.isfinite(output.loss.detach()).double(),
         logits_nonfinite=1 - torch.stack(finite).double() if finite else none,
         work_seconds=none,
@@ -315,11 +319,16 @@ def check_routers(output: ModelOutput, config: RunConfig, step: int) -> None:
             )
 
 
-def update_routers(engine: Engine, tokens_per_expert: Tensor) -> None:
-    """Call each router's `after_step` with its layer's counts of the whole step, (L, E)."""
+def update_routers(engine: Engine, tokens_per_expert: Tensor, feedback: Tensor) -> None:
+    """Call each router's `after_step` with its layer's counts of the whole step, (L, E), and its
+    feedback where it has one, (L, E) or nothing."""
     layers = [m for m in engine.model.modules() if isinstance(m, MoELayer)]
-    for layer, load in zip(layers, tokens_per_expert, strict=True):
-        if hasattr(layer.router, "after_step"):
+    for index, (layer, load) in enumerate(zip(layers, tokens_per_expert, strict=True)):
+        if not hasattr(layer.router, "after_step"):
+            continue
+        if len(feedback):
+            layer.router.after_step(load, feedback[index].float())
+        else:
             layer.router.after_step(load)
 
 

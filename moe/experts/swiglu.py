@@ -16,6 +16,8 @@ from kernels.dispatch import DispatchPlan
 from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
 from moe.variants import Real, VariantConfig
 
+EXAMPLES = ({"clamp": 0.5}, {"save": "x"}, {"save": "xha"})
+
 
 class Config(VariantConfig):
     """clamp: bound of gate and up before their product, None for none; save: see the kernel."""

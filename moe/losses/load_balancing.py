@@ -24,6 +24,8 @@ from moe.losses import LossContext
 from moe.routing import Routing, counts_by_sequence
 from moe.variants import Real, VariantConfig
 
+EXAMPLES = ({"scope": "micro_batch"}, {"scope": "sequence"})
+
 
 class Config(VariantConfig):
     """weight of the term; its scope; how `global_batch` learns the counts under accumulation.

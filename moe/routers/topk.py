@@ -1,61 +1,95 @@
 """Token-choice top-k routing: each token takes the K experts that its router scores highest.
 
-    logits = W x,   probs = softmax(logits) or sigmoid(logits)
-    weights = the K largest probs, divided by their sum if `normalize`
+    logits = W x,   probs = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
+    weights = scale * the K largest probs, divided by their sum if `normalize`
 
-Optional input jitter (x * uniform(1 - j, 1 + j), training only) and loss-free balancing: a bias b
-that enters the choice only, moved once per optimizer step by b_i += rate * sign(mean(c) - c_i).
+Softmax over the K chosen logits alone (Mixtral, gpt-oss) is `softmax` with `normalize`: the two are
+one function. Optional: input jitter (x * uniform(1 - j, 1 + j), training only); a limit to the best
+`groups_per_token` of `num_groups` groups of neighbouring experts (experts of one rank form a group:
+then a token travels to so many ranks at most); loss-free balancing, a bias b that enters the choice
+only, moved once per optimizer step by b_i += rate * sign(mean(c) - c_i), and with `bias_centered`
+shifted to mean 0 after it.
 
-Sources: Shazeer et al., arXiv 1701.06538; jitter: Switch Transformers, arXiv 2101.03961, section
-2.4; loss-free bias: Wang et al., arXiv 2408.15664.
+Causal. Sources: Shazeer et al., arXiv 1701.06538; jitter: Switch Transformers, arXiv 2101.03961,
+section 2.4; loss-free bias: Wang et al., arXiv 2408.15664; sigmoid, groups, scale: DeepSeek-V3,
+arXiv 2412.19437, section 2.1.2; sqrt(softplus): DeepSeek-V4; centring: Ling 3.
 """
 
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels.launch import at_least_float32, no_autocast
-from kernels.matmul import linear
 from kernels.routing import fused_topk, weights_of
+from moe.router import LinearRouter
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Count, Real, VariantConfig
 
+EXAMPLES = (
+    {"top_k": 3, "score": "sigmoid", "bias_update_rate": 0.01, "bias_centered": True},
+    {"top_k": 1, "normalize": False, "jitter": 0.3},
+    {"score": "sqrt_softplus", "scale": 2.5},
+    {"top_k": 2, "num_groups": 3, "groups_per_token": 2},
+)
+
 
 class Config(VariantConfig):
-    """top_k experts a token; bias_update_rate 0 is no loss-free bias; jitter 0 is none."""
+    """top_k experts a token; scale of the weights; jitter 0 is none; num_groups None is no limit;
+    bias_update_rate 0 is no loss-free bias."""
 
     name: Literal["topk"] = "topk"
     top_k: Count = 2
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     normalize: bool = True
+    scale: Annotated[Real, Field(gt=0)] = 1.0
     jitter: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    num_groups: Count | None = None
+    groups_per_token: Count | None = None
     bias_update_rate: Annotated[Real, Field(ge=0)] = 0.0
+    bias_centered: bool = False
 
     @model_validator(mode="after")
-    def _router_gets_a_gradient(self):
+    def _settings_have_an_effect(self):
         if self.top_k == 1 and self.normalize:
             raise ValueError(
                 "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
                 "gradient; set normalize: false or top_k of at least 2"
             )
+        if (self.num_groups is None) != (self.groups_per_token is None):
+            raise ValueError(
+                f"num_groups ({self.num_groups}) and groups_per_token ({self.groups_per_token}) "
+                f"limit the choice together; give both or neither"
+            )
+        if self.bias_centered and not self.bias_update_rate:
+            raise ValueError(
+                "bias_centered (True) has no effect while bias_update_rate is 0; set a rate"
+            )
         return self
 
+    def check_experts(self, num_experts: int) -> None:
+        """ValueError if the groups do not fit the experts."""
+        if self.num_groups is None or self.groups_per_token is None:
+            return
+        fits = num_experts % self.num_groups == 0 and self.groups_per_token <= self.num_groups
+        if not fits or num_experts // self.num_groups * self.groups_per_token < self.top_k:
+            raise ValueError(
+                f"model.moe.router.num_groups ({self.num_groups}) must divide "
+                f"model.moe.num_experts ({num_experts}), and groups_per_token "
+                f"({self.groups_per_token}) of them hold top_k ({self.top_k}) experts"
+            )
 
-class Router(nn.Module):
-    """(T, D) -> Routing. In float32 always: see `kernels.routing.fused_topk`."""
 
-    causal = True
-    fixed_k = True
+class Router(LinearRouter):
+    """(T, D) -> Routing. In float32 always."""
+
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__()
+        super().__init__(hidden_size, num_experts)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         # Saved and restored with the model even where nothing moves it: one layout of checkpoint.
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_float32("expert_bias", torch.zeros(num_experts))
         self.expert_bias: Tensor
 
     @property
@@ -63,42 +97,31 @@ class Router(nn.Module):
         """(E,) added to the scores for the choice, None where nothing is."""
         return self.expert_bias if self.config.bias_update_rate > 0 else None
 
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but keep the bias in float32: bfloat16 would swallow its updates."""
-        bias = self.expert_bias
-        super()._apply(fn, recurse)
-        # Only where the dtype changed: a bias on the meta device has no values to copy.
-        if self.expert_bias.dtype != torch.float32:
-            self.expert_bias = bias.to(self.expert_bias.device)
-        return self
-
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
-        with no_autocast(x):
-            x = at_least_float32(x)
-            if context.training and config.jitter > 0:
-                noise = torch.rand(
-                    x.shape, generator=context.generator, device=x.device, dtype=x.dtype
-                )
-                x = x * (1 + config.jitter * (2 * noise - 1))
-            router_logits = linear(x, at_least_float32(self.weight))  # (T, E)
+        router_logits = self.logits(x, context, config.jitter)  # (T, E)
         score, normalize = config.score, config.normalize
         if context.topk_indices is not None:
             given = context.topk_indices
             chosen = weights_of(router_logits, given, score=score, normalize=normalize)
         else:
+            groups = None
+            if config.num_groups is not None and config.groups_per_token is not None:
+                groups = config.num_groups, config.groups_per_token
             chosen = fused_topk(
                 router_logits,
                 config.top_k,
                 score=score,
                 normalize=normalize,
                 bias=self.selection_bias,
+                groups=groups,
                 backend=context.backend,
             )
+        weights = chosen.topk_weights
         return make_routing(
             router_logits,
             chosen.router_probs,
-            chosen.topk_weights,
+            weights if config.scale == 1 else weights * config.scale,
             chosen.topk_indices,
             context.valid,
             logits_finite=chosen.logits_finite,
@@ -113,3 +136,5 @@ class Router(nn.Module):
         if self.config.bias_update_rate > 0:
             load = tokens_per_expert.float()
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
+            if self.config.bias_centered:
+                self.expert_bias -= self.expert_bias.mean()

@@ -1,0 +1,34 @@
+"""GELU experts, without a gate: y = w2 gelu(w1 x), gelu(h) = h Phi(h) without an approximation.
+
+w1 (E, F, D), w2 (E, D, F), laid out as in `nn.Linear`; two thirds of the weights and FLOPs of a
+gated expert of the same F.
+
+Source: Hendrycks and Gimpel, arXiv 1606.08415.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.expert_rows import RowExperts
+from moe.variants import VariantConfig
+
+
+class Config(VariantConfig):
+    """No settings."""
+
+    name: Literal["gelu"] = "gelu"
+
+    @property
+    def has_gate(self) -> bool:
+        """No."""
+        return False
+
+
+class Experts(RowExperts):
+    """E GELU networks D -> F -> D."""
+
+    def activate(self, *hidden: Tensor) -> Tensor:
+        (hidden_rows,) = hidden  # (R, F)
+        return F.gelu(hidden_rows)

@@ -1,0 +1,34 @@
+"""Squared-ReLU experts, without a gate: y = w2 max(w1 x, 0)^2.
+
+w1 (E, F, D), w2 (E, D, F), laid out as in `nn.Linear`; two thirds of the weights and FLOPs of a
+gated expert of the same F.
+
+Source: So et al., Primer, arXiv 2109.08668, section 4.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.expert_rows import RowExperts
+from moe.variants import VariantConfig
+
+
+class Config(VariantConfig):
+    """No settings."""
+
+    name: Literal["relu2"] = "relu2"
+
+    @property
+    def has_gate(self) -> bool:
+        """No."""
+        return False
+
+
+class Experts(RowExperts):
+    """E squared-ReLU networks D -> F -> D."""
+
+    def activate(self, *hidden: Tensor) -> Tensor:
+        (hidden_rows,) = hidden  # (R, F)
+        return F.relu(hidden_rows).square()

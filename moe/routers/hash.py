@@ -1,0 +1,120 @@
+"""Hash routing: a token's experts are fixed by its id, and never learned.
+
+    key[e] = mix64(id, seed, layer, e)
+    experts of an id: the K with the largest keys, K different ones, the same on every device
+    weights: 1/K each (1 each without `normalize`), or with `weights: learned` softmax(W x),
+    sigmoid(W x) or sqrt(softplus(W x)) at these experts, divided by their sum if `normalize`
+
+mix64 is the finaliser of SplitMix64, a bijection of 64 bits: the keys of one id all differ, so no
+tie is left to a device. Each layer hashes anew. Ids spread evenly; tokens do not, since text
+repeats a few ids: the paper's balanced table, made from a corpus, is not here. Needs no loss.
+
+Causal. Sources: Roller et al., Hash Layers, arXiv 2106.04426, random hash; learned weights at
+hashed experts: DeepSeek-V4, the first routed layers; mixing: Steele et al., SplitMix, OOPSLA 2014.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from kernels.routing import weights_of
+from moe.router import LinearRouter, RouterModule
+from moe.routing import RouterContext, Routing, make_routing, uniform_routing
+from moe.variants import Count, Natural, VariantConfig
+
+EXAMPLES = (
+    {"weights": "learned", "score": "sqrt_softplus", "top_k": 3},
+    {"weights": "learned", "normalize": False, "top_k": 1},
+    {"seed": 7, "normalize": False},
+)
+
+# SplitMix64's increment.
+STEP = 0x9E3779B97F4A7C15
+
+
+class Config(VariantConfig):
+    """top_k experts an id; seed of the hash; weights, and if learned their score."""
+
+    name: Literal["hash"] = "hash"
+    top_k: Count = 2
+    seed: Natural = 0
+    weights: Literal["uniform", "learned"] = "uniform"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    normalize: bool = True
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.weights == "uniform" and self.score != "softmax":
+            raise ValueError(
+                f"score ({self.score}) has no effect with weights (uniform); remove it, or set "
+                f"weights: learned"
+            )
+        if self.weights == "learned" and self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
+                "gradient; set normalize: false or top_k of at least 2"
+            )
+        return self
+
+
+class Router(LinearRouter):
+    """(T, D) -> Routing, by token ids. Learned weights in float32 always."""
+
+    permutes_experts = False
+    replays = True
+
+    def __init__(self, config: Config, hidden_size: int, num_experts: int):
+        if config.weights == "learned":
+            super().__init__(hidden_size, num_experts)
+        else:
+            # Without the weight.
+            RouterModule.__init__(self)
+        self.learned = config.weights == "learned"
+        self.config, self.num_experts = config, num_experts
+
+    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+        config = self.config
+        indices = context.topk_indices
+        if indices is None:
+            keys = expert_keys(context.token_ids, self.num_experts, config.seed, context.layer)
+            indices = keys.topk(config.top_k, dim=-1).indices  # (T, K)
+        if not self.learned:
+            weight = 1 / config.top_k if config.normalize else 1.0
+            return uniform_routing(x, indices, self.num_experts, weight, context.valid)
+        router_logits = self.logits(x, context)  # (T, E)
+        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
+        return make_routing(
+            router_logits,
+            chosen.router_probs,
+            chosen.topk_weights,
+            indices,
+            context.valid,
+            logits_finite=chosen.logits_finite,
+        )
+
+
+def expert_keys(token_ids: Tensor, num_experts: int, seed: int, layer: int) -> Tensor:
+    """(T, E) int64 keys, those of one id all different; an integer hash that no device rounds."""
+    hashed = _mix(token_ids.long() + _signed(STEP * (seed + 1)))
+    hashed = _mix(hashed + _signed(STEP * (layer + 1)))  # (T,)
+    experts = torch.arange(num_experts, device=token_ids.device)
+    return _mix(hashed.unsqueeze(-1) + experts * _signed(STEP))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser; int64 products wrap around as unsigned ones do."""
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """To the right as unsigned: PyTorch's shift repeats the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same 64 bits."""
+    return ((value + (1 << 63)) % (1 << 64)) - (1 << 63)

@@ -1,0 +1,130 @@
+"""Sequence top-k: a sequence has experts for K a token, and gives them to its tokens by score.
+
+    probs = softmax(W x), sigmoid(W x) or sqrt(softplus(W x))
+    each document of n valid tokens keeps the round(n * experts_per_token), at least 1, largest of
+    its (token, expert) probs, ties to the first token; at most the best `top_k` of a token compete
+    topk_weights = the probs that were kept, divided by their sum over the token if `normalize`
+
+Hard tokens get more experts, easy ones fewer or none, at the FLOPs of top-k. Documents that are
+packed into one sequence have budgets of their own (the paper has one document to a sequence). A
+Routing has `top_k` columns, a token's experts in falling order, then -1. In generation with a cache
+one token is the document, so each gets `experts_per_token`; the paper's online variant, which
+carries the budget along, is not here.
+
+Not causal: a later token with high scores takes the experts of an earlier one. Sources: Wen et al.,
+Route Experts by Sequence, Not by Token, arXiv 2511.06494; the limit for each token: NVIDIA's
+Megatron-LM, pull request 6208.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from kernels.routing import lowest_index_topk, score_of, weights_of
+from moe.router import LinearRouter
+from moe.routing import RouterContext, Routing, make_routing
+from moe.variants import Count, Real, VariantConfig
+
+EXAMPLES = (
+    {"experts_per_token": 1.5, "top_k": 3},
+    {"score": "sigmoid", "normalize": True},
+)
+
+
+class Config(VariantConfig):
+    """experts_per_token: the mean over the tokens of a document, with a fraction if wanted; top_k:
+    the most that one token may have, None for all E."""
+
+    name: Literal["sequence_topk"] = "sequence_topk"
+    experts_per_token: Annotated[Real, Field(gt=0)] = 2.0
+    top_k: Count | None = None
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    normalize: bool = False
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.top_k is not None and self.experts_per_token > self.top_k:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token:g}) must not exceed top_k "
+                f"({self.top_k}), the most that one token may have"
+            )
+        if self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
+                "gradient; set normalize: false or top_k of at least 2"
+            )
+        return self
+
+    def check_experts(self, num_experts: int) -> None:
+        """ValueError if tokens would need more experts than there are."""
+        if self.experts_per_token > num_experts:
+            raise ValueError(
+                f"model.moe.router.experts_per_token ({self.experts_per_token:g}) must not exceed "
+                f"model.moe.num_experts ({num_experts})"
+            )
+
+
+class Router(LinearRouter):
+    """(T, D) -> Routing with `top_k` columns. In float32 always."""
+
+    causal = False
+    independent = False
+    fixed_k = False
+    replays = True
+
+    def __init__(self, config: Config, hidden_size: int, num_experts: int):
+        super().__init__(hidden_size, num_experts)
+        self.config = config
+
+    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+        config = self.config
+        router_logits = self.logits(x, context)  # (T, E)
+        indices = context.topk_indices
+        if indices is None:
+            logits = router_logits.detach()
+            indices = lowest_index_topk(logits, config.top_k or logits.shape[1])  # (T, K)
+            scores = score_of(logits, config.score).gather(-1, indices)
+            kept = _keep(scores, _documents(context, x.device), context.valid, config)
+            indices = indices.masked_fill(~kept, -1)
+        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
+        return make_routing(
+            router_logits,
+            chosen.router_probs,
+            chosen.topk_weights,
+            indices,
+            context.valid,
+            logits_finite=chosen.logits_finite,
+        )
+
+
+def _documents(context: RouterContext, device: torch.device) -> Tensor:
+    """(T,) int64, a number for each document of each sequence."""
+    num_sequences, seq_len = context.batch_shape
+    sequence = torch.arange(num_sequences, device=device).repeat_interleave(
+        seq_len, output_size=num_sequences * seq_len
+    )
+    if context.document_ids is None:
+        return sequence
+    # Ids are unique within a sequence only.
+    return (sequence << 32) + context.document_ids
+
+
+def _keep(scores: Tensor, documents: Tensor, valid: Tensor | None, config: Config) -> Tensor:
+    """(T, K) bool, the largest of each document's (T, K) scores; without a value on the host."""
+    counted = torch.ones_like(documents) if valid is None else valid.long()
+    if valid is not None:
+        scores = scores.masked_fill(~valid.unsqueeze(-1), -torch.inf)
+    of = documents.unsqueeze(-1).expand_as(scores).reshape(-1)  # (T * K,)
+    # By document, and in a document by falling score: two stable sorts, the last first.
+    order = scores.reshape(-1).sort(descending=True, stable=True).indices
+    order = order[of[order].sort(stable=True).indices]
+    ordered = of[order]
+    # Where a document starts in that order is also the slot of its count.
+    starts = torch.searchsorted(ordered, ordered)
+    counts = torch.zeros_like(of).index_add_(0, torch.searchsorted(ordered, documents), counted)
+    budgets = (counts.double() * config.experts_per_token).round().long().clamp(min=1)
+    ranks = torch.arange(len(order), device=order.device) - starts
+    kept = torch.zeros_like(of, dtype=torch.bool).scatter_(0, order, ranks < budgets[starts])
+    return kept.view_as(scores)
