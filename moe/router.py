@@ -1,13 +1,17 @@
-"""What have all routers in common? What they declare of themselves, and logits in float32."""
+"""What have all routers in common? What they declare of themselves, logits in float32, and how a
+choice of experts becomes a Routing."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
-from moe.routing import RouterContext, Routing
+from kernels.routing import TopK, fused_topk, weights_of
+from moe.routing import RouterContext, Routing, make_routing, uniform_routing
+from moe.variants import Count, VariantConfig
 
 
 class RouterModule(nn.Module):
@@ -58,8 +62,9 @@ class RouterModule(nn.Module):
 class LinearRouter(RouterModule):
     """A router with one vector for each expert: logits = x W^T."""
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, config: Any, hidden_size: int, num_experts: int):
         super().__init__()
+        self.config, self.num_experts = config, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def logits(self, x: Tensor, context: RouterContext, jitter: float = 0.0) -> Tensor:
@@ -75,3 +80,108 @@ class LinearRouter(RouterModule):
                 )
                 x = x * (1 + jitter * (2 * noise - 1))
             return linear(x, at_least_float32(self.weight))
+
+
+def topk_or_given(
+    router_logits: Tensor,
+    context: RouterContext,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = True,
+    bias: Tensor | None = None,
+    groups: tuple[int, int] | None = None,
+) -> TopK:
+    """The K best experts, or those of `context.topk_indices`, and their weights.
+
+    Args: as in `kernels.routing.fused_topk`; bias and groups play no part where experts are given.
+    """
+    given = context.topk_indices
+    if given is not None:
+        return weights_of(router_logits, given, score=score, normalize=normalize)
+    return fused_topk(
+        router_logits,
+        top_k,
+        score=score,
+        normalize=normalize,
+        bias=bias,
+        groups=groups,
+        backend=context.backend,
+    )
+
+
+def routing_of(
+    router_logits: Tensor, chosen: TopK, context: RouterContext, **further: Tensor | None
+) -> Routing:
+    """The Routing of weighted experts.
+
+    Args: further: the optional arguments of `moe.routing.make_routing`.
+    """
+    return make_routing(
+        router_logits,
+        chosen.router_probs,
+        chosen.topk_weights,
+        chosen.topk_indices,
+        context.valid,
+        logits_finite=chosen.logits_finite,
+        **further,
+    )
+
+
+def refuse_constant_weight(top_k: int | None, normalize: bool) -> None:
+    """ValueError on settings with which the language model's loss never reaches the router."""
+    if top_k == 1 and normalize:
+        raise ValueError(
+            "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
+            "gradient; set normalize: false or top_k of at least 2"
+        )
+
+
+class AssignedConfig(VariantConfig):
+    """Settings of an `AssignedRouter`: top_k experts a token; their weights, 1/K each, or learned
+    scores at these experts; without `normalize` 1 each, or the scores as they are."""
+
+    top_k: Count = 2
+    weights: Literal["uniform", "learned"] = "uniform"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    normalize: bool = True
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self):
+        if self.weights == "learned":
+            refuse_constant_weight(self.top_k, self.normalize)
+        elif self.score != "softmax":
+            raise ValueError(
+                f"score ({self.score}) has no effect with weights (uniform); remove it, or set "
+                f"weights: learned"
+            )
+        return self
+
+
+class AssignedRouter(LinearRouter):
+    """A router whose experts follow from a rule; scores, if any, only weigh them."""
+
+    permutes_experts = False
+    replays = True
+
+    def __init__(self, config: AssignedConfig, hidden_size: int, num_experts: int):
+        super().__init__(config, hidden_size, num_experts)
+        self.learned = config.weights == "learned"
+        if not self.learned:
+            del self.weight
+
+    def assign(self, x: Tensor, context: RouterContext) -> Tensor:
+        """(T, K) int64 experts of (T, D) hidden states."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+        config = self.config
+        indices = context.topk_indices
+        if indices is None:
+            indices = self.assign(x, context)
+        if not self.learned:
+            weight = 1 / config.top_k if config.normalize else 1.0
+            return uniform_routing(x, indices, self.num_experts, weight, context.valid)
+        router_logits = self.logits(x, context)  # (T, E)
+        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
+        return routing_of(router_logits, chosen, context)

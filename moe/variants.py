@@ -22,7 +22,7 @@ import importlib
 import pkgutil
 from difflib import get_close_matches
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
@@ -57,6 +57,9 @@ class VariantConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Whether an expert has three matrices of D and F, or two without a gate.
+    has_gate: ClassVar[bool] = True
+
     name: str
 
     @property
@@ -76,11 +79,6 @@ class VariantConfig(BaseModel):
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether each of these experts has three matrices of D and F, or two without a gate."""
-        return True
 
 
 # What the module of a variant has, beside its Config.

@@ -60,7 +60,7 @@ class Sound(LinearRouter):
     """Top-2 softmax, without any bug."""
 
     def __init__(self):
-        super().__init__(D, E)
+        super().__init__(None, D, E)
         self.register_float32("bias", torch.zeros(E))
         with torch.no_grad():
             self.weight.copy_(randn(E, D, seed=0))

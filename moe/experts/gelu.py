@@ -6,7 +6,7 @@ gated expert of the same F.
 Source: Hendrycks and Gimpel, arXiv 1606.08415.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +18,9 @@ from moe.variants import VariantConfig
 class Config(VariantConfig):
     """No settings."""
 
-    name: Literal["gelu"] = "gelu"
+    has_gate: ClassVar[bool] = False
 
-    @property
-    def has_gate(self) -> bool:
-        """No."""
-        return False
+    name: Literal["gelu"] = "gelu"
 
 
 class Experts(RowExperts):

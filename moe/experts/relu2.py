@@ -6,7 +6,7 @@ gated expert of the same F.
 Source: So et al., Primer, arXiv 2109.08668, section 4.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +18,9 @@ from moe.variants import VariantConfig
 class Config(VariantConfig):
     """No settings."""
 
-    name: Literal["relu2"] = "relu2"
+    has_gate: ClassVar[bool] = False
 
-    @property
-    def has_gate(self) -> bool:
-        """No."""
-        return False
+    name: Literal["relu2"] = "relu2"
 
 
 class Experts(RowExperts):

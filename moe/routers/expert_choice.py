@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels.routing import weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, routing_of
+from moe.routing import RouterContext, Routing
 from moe.variants import Real, VariantConfig
 
 EXAMPLES = ({"experts_per_token": 1.3}, {"experts_per_token": 4})
@@ -55,10 +55,6 @@ class Router(LinearRouter):
     fixed_k = False
     replays = True
 
-    def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
-
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         router_logits = self.logits(x, context)  # (T, E)
         indices = context.topk_indices
@@ -66,14 +62,7 @@ class Router(LinearRouter):
             scores = router_logits.detach().softmax(-1)
             indices = _choose(scores, context.valid, self.config.experts_per_token)
         chosen = weights_of(router_logits, indices, normalize=False)
-        return make_routing(
-            router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-        )
+        return routing_of(router_logits, chosen, context)
 
 
 def _choose(scores: Tensor, valid: Tensor | None, experts_per_token: float) -> Tensor:

@@ -16,13 +16,11 @@ hashed experts: DeepSeek-V4, the first routed layers; mixing: Steele et al., Spl
 from typing import Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from kernels.routing import weights_of
-from moe.router import LinearRouter, RouterModule
-from moe.routing import RouterContext, Routing, make_routing, uniform_routing
-from moe.variants import Count, Natural, VariantConfig
+from moe.router import AssignedConfig, AssignedRouter
+from moe.routing import RouterContext
+from moe.variants import Natural
 
 EXAMPLES = (
     {"weights": "learned", "score": "sqrt_softplus", "top_k": 3},
@@ -34,65 +32,20 @@ EXAMPLES = (
 STEP = 0x9E3779B97F4A7C15
 
 
-class Config(VariantConfig):
-    """top_k experts an id; seed of the hash; weights, and if learned their score."""
+class Config(AssignedConfig):
+    """top_k experts an id; seed of the hash; their weights, and if learned the score."""
 
     name: Literal["hash"] = "hash"
-    top_k: Count = 2
     seed: Natural = 0
-    weights: Literal["uniform", "learned"] = "uniform"
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
-    normalize: bool = True
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self):
-        if self.weights == "uniform" and self.score != "softmax":
-            raise ValueError(
-                f"score ({self.score}) has no effect with weights (uniform); remove it, or set "
-                f"weights: learned"
-            )
-        if self.weights == "learned" and self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
-        return self
 
 
-class Router(LinearRouter):
+class Router(AssignedRouter):
     """(T, D) -> Routing, by token ids. Learned weights in float32 always."""
 
-    permutes_experts = False
-    replays = True
-
-    def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        if config.weights == "learned":
-            super().__init__(hidden_size, num_experts)
-        else:
-            # Without the weight.
-            RouterModule.__init__(self)
-        self.learned = config.weights == "learned"
-        self.config, self.num_experts = config, num_experts
-
-    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+    def assign(self, x: Tensor, context: RouterContext) -> Tensor:
         config = self.config
-        indices = context.topk_indices
-        if indices is None:
-            keys = expert_keys(context.token_ids, self.num_experts, config.seed, context.layer)
-            indices = keys.topk(config.top_k, dim=-1).indices  # (T, K)
-        if not self.learned:
-            weight = 1 / config.top_k if config.normalize else 1.0
-            return uniform_routing(x, indices, self.num_experts, weight, context.valid)
-        router_logits = self.logits(x, context)  # (T, E)
-        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return make_routing(
-            router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-        )
+        keys = expert_keys(context.token_ids, self.num_experts, config.seed, context.layer)
+        return keys.topk(config.top_k, dim=-1).indices
 
 
 def expert_keys(token_ids: Tensor, num_experts: int, seed: int, layer: int) -> Tensor:

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
-from kernels.routing import fused_topk, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, VariantConfig
 
 EXAMPLES = (
@@ -41,11 +40,7 @@ class Config(VariantConfig):
 
     @model_validator(mode="after")
     def _router_learns(self):
-        if self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
+        refuse_constant_weight(self.top_k, self.normalize)
         return self
 
 
@@ -55,8 +50,7 @@ class Router(LinearRouter):
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
+        super().__init__(config, hidden_size, num_experts)
         self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def init_weights(
@@ -79,20 +73,9 @@ class Router(LinearRouter):
                 noise_std.shape, generator=context.generator, device=x.device, dtype=noise_std.dtype
             )
             noisy = router_logits + noise * noise_std
-        normalize = self.config.normalize
-        if context.topk_indices is not None:
-            chosen = weights_of(noisy, context.topk_indices, normalize=normalize)
-        else:
-            chosen = fused_topk(
-                noisy, self.config.top_k, normalize=normalize, backend=context.backend
-            )
-        return make_routing(
-            router_logits,
-            router_logits.softmax(-1) if context.training else chosen.router_probs,
-            chosen.topk_weights,
-            chosen.topk_indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-            noise_std=noise_std,
-            selection_logits=noisy,
+        chosen = topk_or_given(noisy, context, self.config.top_k, normalize=self.config.normalize)
+        if context.training:
+            chosen = chosen._replace(router_probs=router_logits.softmax(-1))
+        return routing_of(
+            router_logits, chosen, context, noise_std=noise_std, selection_logits=noisy
         )

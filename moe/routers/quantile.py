@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.launch import no_autocast
-from kernels.routing import fused_topk, score_of, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from kernels.routing import score_of
+from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -54,11 +54,7 @@ class Config(VariantConfig):
 
     @model_validator(mode="after")
     def _router_learns(self):
-        if self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
+        refuse_constant_weight(self.top_k, self.normalize)
         return self
 
 
@@ -101,8 +97,7 @@ class Router(LinearRouter):
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
+        super().__init__(config, hidden_size, num_experts)
         self.causal = self.independent = config.causal
         # -beta, under the name by which biases of the choice are known.
         self.register_float32("expert_bias", torch.zeros(num_experts))
@@ -127,31 +122,15 @@ class Router(LinearRouter):
             feedback = beta
             if config.source == "batch":
                 bias = -beta
-        if context.topk_indices is not None:
-            chosen = weights_of(
-                router_logits,
-                context.topk_indices,
-                score=config.score,
-                normalize=config.normalize,
-            )
-        else:
-            chosen = fused_topk(
-                router_logits,
-                config.top_k,
-                score=config.score,
-                normalize=config.normalize,
-                bias=bias,
-                backend=context.backend,
-            )
-        return make_routing(
+        chosen = topk_or_given(
             router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            chosen.topk_indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-            feedback=feedback,
+            context,
+            config.top_k,
+            score=config.score,
+            normalize=config.normalize,
+            bias=bias,
         )
+        return routing_of(router_logits, chosen, context, feedback=feedback)
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, feedback: Tensor) -> None:

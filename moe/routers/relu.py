@@ -61,8 +61,7 @@ class Router(LinearRouter):
     penalizes = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
+        super().__init__(config, hidden_size, num_experts)
         self.register_float32("penalty_weight", torch.tensor(config.initial_lambda))
         self.penalty_weight: Tensor
 

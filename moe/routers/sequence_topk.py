@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, refuse_constant_weight, routing_of
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -50,11 +50,7 @@ class Config(VariantConfig):
                 f"experts_per_token ({self.experts_per_token:g}) must not exceed top_k "
                 f"({self.top_k}), the most that one token may have"
             )
-        if self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
+        refuse_constant_weight(self.top_k, self.normalize)
         return self
 
     def check_experts(self, num_experts: int) -> None:
@@ -74,10 +70,6 @@ class Router(LinearRouter):
     fixed_k = False
     replays = True
 
-    def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
-
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
         router_logits = self.logits(x, context)  # (T, E)
@@ -89,14 +81,7 @@ class Router(LinearRouter):
             kept = _keep(scores, _documents(context, x.device), context.valid, config)
             indices = indices.masked_fill(~kept, -1)
         chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return make_routing(
-            router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-        )
+        return routing_of(router_logits, chosen, context)
 
 
 def _documents(context: RouterContext, device: torch.device) -> Tensor:

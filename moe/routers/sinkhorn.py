@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.routing import lowest_index_topk, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, refuse_constant_weight, routing_of
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -46,11 +46,7 @@ class Config(VariantConfig):
 
     @model_validator(mode="after")
     def _router_gets_a_gradient(self):
-        if self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
+        refuse_constant_weight(self.top_k, self.normalize)
         return self
 
 
@@ -60,10 +56,6 @@ class Router(LinearRouter):
     causal = False
     independent = False
     replays = True
-
-    def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
@@ -76,14 +68,7 @@ class Router(LinearRouter):
                 choice = choice + _offsets(choice, context.valid, config.num_iterations)
             indices = lowest_index_topk(choice, config.top_k)  # (T, K)
         chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return make_routing(
-            router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-        )
+        return routing_of(router_logits, chosen, context)
 
 
 def _offsets(scores: Tensor, valid: Tensor | None, num_iterations: int) -> Tensor:

@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, routing_of
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
 # What float32 sums of probabilities can still tell from 1.
@@ -93,8 +93,7 @@ class Router(LinearRouter):
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
+        super().__init__(config, hidden_size, num_experts)
         self.top_k = min(config.max_experts or num_experts, num_experts)
         self.register_float32("log_rest", torch.tensor(self.first_log_rest))
         self.register_float32("last_error", torch.tensor(0.0))
@@ -125,14 +124,7 @@ class Router(LinearRouter):
         if given is None:
             given = self.choose(router_logits.detach())
         chosen = weights_of(router_logits, given, normalize=self.config.normalize)
-        routing = make_routing(
-            router_logits,
-            chosen.router_probs,
-            chosen.topk_weights,
-            chosen.topk_indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
-        )
+        routing = routing_of(router_logits, chosen, context)
         if self.config.target is None:
             return routing
         share = routing.tokens_per_expert / routing.num_tokens.clamp(min=1)  # (E,)

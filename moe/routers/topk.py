@@ -21,9 +21,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.routing import fused_topk, weights_of
-from moe.router import LinearRouter
-from moe.routing import RouterContext, Routing, make_routing
+from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
+from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -51,11 +50,7 @@ class Config(VariantConfig):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self):
-        if self.top_k == 1 and self.normalize:
-            raise ValueError(
-                "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-                "gradient; set normalize: false or top_k of at least 2"
-            )
+        refuse_constant_weight(self.top_k, self.normalize)
         if (self.num_groups is None) != (self.groups_per_token is None):
             raise ValueError(
                 f"num_groups ({self.num_groups}) and groups_per_token ({self.groups_per_token}) "
@@ -86,8 +81,7 @@ class Router(LinearRouter):
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
-        super().__init__(hidden_size, num_experts)
-        self.config = config
+        super().__init__(config, hidden_size, num_experts)
         # Saved and restored with the model even where nothing moves it: one layout of checkpoint.
         self.register_float32("expert_bias", torch.zeros(num_experts))
         self.expert_bias: Tensor
@@ -100,32 +94,21 @@ class Router(LinearRouter):
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
         router_logits = self.logits(x, context, config.jitter)  # (T, E)
-        score, normalize = config.score, config.normalize
-        if context.topk_indices is not None:
-            given = context.topk_indices
-            chosen = weights_of(router_logits, given, score=score, normalize=normalize)
-        else:
-            groups = None
-            if config.num_groups is not None and config.groups_per_token is not None:
-                groups = config.num_groups, config.groups_per_token
-            chosen = fused_topk(
-                router_logits,
-                config.top_k,
-                score=score,
-                normalize=normalize,
-                bias=self.selection_bias,
-                groups=groups,
-                backend=context.backend,
-            )
-        weights = chosen.topk_weights
-        return make_routing(
+        groups = None
+        if config.num_groups is not None and config.groups_per_token is not None:
+            groups = config.num_groups, config.groups_per_token
+        chosen = topk_or_given(
             router_logits,
-            chosen.router_probs,
-            weights if config.scale == 1 else weights * config.scale,
-            chosen.topk_indices,
-            context.valid,
-            logits_finite=chosen.logits_finite,
+            context,
+            config.top_k,
+            score=config.score,
+            normalize=config.normalize,
+            bias=self.selection_bias,
+            groups=groups,
         )
+        if config.scale != 1:
+            chosen = chosen._replace(topk_weights=chosen.topk_weights * config.scale)
+        return routing_of(router_logits, chosen, context)
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor) -> None:
