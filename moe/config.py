@@ -47,7 +47,9 @@ class MoEConfig(Section):
     shared expert, by default that of a routed one. num_dense_layers: that many layers at the bottom
     are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
-    capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
+    capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
+    is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
+    drop_priority: which tokens an expert keeps, the first, the most probable or random ones.
     allow_non_causal: permit a router that sees later tokens.
     """
 
@@ -58,7 +60,9 @@ class MoEConfig(Section):
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
-    capacity_factor: None = None
+    capacity_factor: Annotated[Real, Field(gt=0)] | None = None
+    eval_capacity_factor: Annotated[Real, Field(gt=0)] | None = None
+    drop_priority: Literal["position", "probability", "random"] = "position"
     allow_non_causal: bool = False
     router: RouterConfig = Field(default={"name": "topk"}, validate_default=True)
     experts: ExpertsConfig = Field(default={"name": "swiglu"}, validate_default=True)
@@ -202,11 +206,34 @@ class ModelConfig(Section):
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
             )
+        if moe.drop_priority != "position":
+            self._check_drop_priority()
         names = [loss.name for loss in moe.losses]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model.moe.losses names {name} twice; keep one line")
         return self
+
+    def _check_drop_priority(self) -> None:
+        """ValueError on a drop_priority that has no effect or is not to be had."""
+        moe = self.moe
+        if moe.capacity_factor is None and moe.eval_capacity_factor is None:
+            raise ValueError(
+                f"model.moe.drop_priority ({moe.drop_priority}) has no effect without a capacity; "
+                f"set model.moe.capacity_factor or leave it out"
+            )
+        if not moe.allow_non_causal:
+            raise ValueError(
+                f"model.moe.drop_priority ({moe.drop_priority}) lets later tokens decide whether "
+                f"one is dropped, which spoils language modelling; take position, or set "
+                f"model.moe.allow_non_causal: true to use it anyway"
+            )
+        if moe.drop_priority == "random" and moe.eval_capacity_factor is not None:
+            raise ValueError(
+                f"model.moe.eval_capacity_factor ({moe.eval_capacity_factor}) with "
+                f"model.moe.drop_priority (random) would make evaluation random; leave it out, "
+                f"or take position or probability"
+            )
 
 
 def dense_equivalent(config: ModelConfig) -> ModelConfig:

@@ -1,6 +1,6 @@
 """The feed-forward layers: routed experts (with shared ones beside them), and the dense baseline.
 
-1. the router chooses K experts for each token
+1. the router chooses K experts for each token; a capacity may drop some
 2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
 5. shared experts, which every token passes, are added
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.capacity import limit_to_capacity
 from moe.config import ModelConfig
 from moe.dispatcher import local_dispatch
 from moe.modules import Linear
@@ -49,6 +50,11 @@ class MoELayer(nn.Module):
         moe = config.moe
         hidden = config.hidden_size
         self.backend = config.kernel_backend
+        self.capacity_factor, self.eval_capacity_factor = (
+            moe.capacity_factor,
+            moe.eval_capacity_factor,
+        )
+        self.drop_priority = moe.drop_priority
         self.router = load_variant("routers", moe.router.name).Router(
             moe.router, hidden, moe.num_experts
         )
@@ -76,6 +82,9 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
+        factor = self.capacity_factor if context.training else self.eval_capacity_factor
+        if factor is not None:
+            routing = limit_to_capacity(routing, factor, self.drop_priority, context)
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
         return self.dispatch(x, routing, shared), routing
 

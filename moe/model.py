@@ -30,9 +30,10 @@ class BatchTotals(NamedTuple):
     """Facts of the whole optimizer step, over all ranks and accumulation steps.
 
     With them, the losses of the step's forward passes add up to the loss of the whole batch.
-    num_labels (), labels that count; num_tokens () valid tokens; tokens_per_expert (L, E) of each
-    routed layer, or None for the counts of each pass itself, to which counts_so_far (L, E) of the
-    earlier passes are added where given, and which sum_over_ranks sums where given.
+    num_labels (), labels that count; num_tokens () valid tokens; tokens_per_expert (L, E) that the
+    router of each routed layer asked for (before a capacity), or None for the counts of each pass
+    itself, to which counts_so_far (L, E) of the earlier passes are added where given, and which
+    sum_over_ranks sums where given.
     """
 
     num_labels: Tensor
@@ -280,7 +281,7 @@ class MoETransformer(nn.Module):
             return ()
         counts = None if totals is None else totals.tokens_per_expert  # (L, E)
         if totals is not None and counts is None:
-            counts = torch.stack([routing.tokens_per_expert for routing in routings])
+            counts = torch.stack([routing.demand for routing in routings])
             if totals.counts_so_far is not None:
                 counts = counts + totals.counts_so_far
             if totals.sum_over_ranks is not None:

@@ -38,12 +38,14 @@ class Routing(NamedTuple):
     router_logits, router_probs (T, E) float32; topk_weights (T, K) float32, 0 where the index is
     -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments;
     num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a valid token is
-    inf or NaN; valid (T,) bool, False for padding; num_dropped () int64 assignments that the router
-    made and a capacity took back; penalty () what the router itself adds to the loss, weighted, the
-    mean over valid tokens, None for nothing; feedback (E,) float32 what its `after_step` is told
-    beside the counts, a mean over valid tokens, None for nothing. Of a router that adds noise to
-    its logits, None elsewhere: noise_std (T, E) its standard deviation, with gradient;
-    selection_logits (T, E) what it chose by, which are the router_logits with their noise.
+    inf or NaN; valid (T,) bool, False for padding; num_dropped (E,) int64 assignments that the
+    router made and a capacity took back; penalty () what the router itself adds to the loss,
+    weighted, the mean over valid tokens, None for nothing; feedback (E,) float32 what its
+    `after_step` is told beside the counts, a mean over valid tokens, None for nothing. Of a router
+    that adds noise to its logits, None elsewhere: noise_std (T, E) its standard deviation, with
+    gradient; selection_logits (T, E) what it chose by, which are the router_logits with their
+    noise. Under a capacity, None elsewhere: wanted_indices (T, K) what the router chose before the
+    drop.
     """
 
     router_logits: Tensor
@@ -59,6 +61,12 @@ class Routing(NamedTuple):
     feedback: Tensor | None = None
     noise_std: Tensor | None = None
     selection_logits: Tensor | None = None
+    wanted_indices: Tensor | None = None
+
+    @property
+    def demand(self) -> Tensor:
+        """(E,) int64 assignments that the router made, those dropped since among them."""
+        return self.tokens_per_expert + self.num_dropped
 
 
 def make_routing(
@@ -69,7 +77,6 @@ def make_routing(
     valid: Tensor | None,
     *,
     logits_finite: Tensor | None = None,
-    num_dropped: Tensor | None = None,
     penalty: Tensor | None = None,
     feedback: Tensor | None = None,
     noise_std: Tensor | None = None,
@@ -78,8 +85,7 @@ def make_routing(
     """Complete a router's decision: padding is given no expert, assignments are counted.
 
     Args: as in `Routing`; `valid` (T,) bool or None; logits_finite: (T,) bool, as `fused_topk`
-        returns it, or None to look at the logits here. num_dropped: () int64, as in `Routing`; None
-        where there is no capacity. penalty and what follows: as in `Routing`.
+        returns it, or None to look at the logits here. penalty and what follows: as in `Routing`.
     """
     num_tokens, num_experts = router_logits.shape
     finite = logits_finite
@@ -93,10 +99,7 @@ def make_routing(
         topk_weights = topk_weights.masked_fill(padding, 0)
         finite = finite | ~valid
         counted = valid.sum()
-    # Not bincount, which reads the largest index back from a GPU.
-    slot = topk_indices.reshape(-1) + 1  # (T * K,), 0 for no assignment
-    counts = slot.new_zeros(num_experts + 1)
-    tokens_per_expert = counts.index_add_(0, slot, slot.new_ones(1).expand_as(slot))[1:]
+    tokens_per_expert = assignments_per_expert(topk_indices, num_experts)
     return Routing(
         router_logits,
         router_probs,
@@ -106,7 +109,7 @@ def make_routing(
         counted,
         finite.all(),
         torch.ones_like(finite) if valid is None else valid,
-        torch.zeros_like(counted) if num_dropped is None else num_dropped,
+        torch.zeros_like(tokens_per_expert),
         penalty,
         feedback,
         noise_std,
@@ -129,9 +132,18 @@ def uniform_routing(
     return make_routing(logits, probs, weights, topk_indices, valid)
 
 
+def assignments_per_expert(topk_indices: Tensor, num_experts: int) -> Tensor:
+    """(E,) int64 how often each expert stands in (T, K) indices, -1 for no assignment."""
+    # Not bincount, which reads the largest index back from a GPU.
+    slot = topk_indices.reshape(-1) + 1  # (T * K,), 0 for no assignment
+    counts = slot.new_zeros(num_experts + 1)
+    return counts.index_add_(0, slot, slot.new_ones(1).expand_as(slot))[1:]
+
+
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
-    """(B, E) int64 assignments of each of the B sequences of the batch."""
+    """(B, E) int64 assignments that the router made in each of the B sequences of the batch."""
     num_experts = routing.router_logits.shape[-1]
-    chosen = routing.topk_indices.view(num_sequences, -1) + 1  # (B, S*K), 0 for no assignment
+    wanted = routing.topk_indices if routing.wanted_indices is None else routing.wanted_indices
+    chosen = wanted.view(num_sequences, -1) + 1  # (B, S*K), 0 for no assignment
     counts = chosen.new_zeros(num_sequences, num_experts + 1)
     return counts.scatter_add_(1, chosen, torch.ones_like(chosen))[:, 1:]

@@ -112,7 +112,7 @@ def check_record(make: Make) -> None:
                 assert (routing.topk_indices[~valid] == -1).all()
             if router.fixed_k:
                 wanted = num_valid * routing.topk_indices.shape[1]
-                assert int(routing.tokens_per_expert.sum() + routing.num_dropped) == wanted
+                assert int(routing.demand.sum()) == wanted
             assert (routing.penalty is not None) == router.penalizes
 
 

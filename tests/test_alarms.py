@@ -326,13 +326,16 @@ def drop(routing, step, layer):
     kept = routing.topk_indices.clone()
     kept[:, 1] = -1
     weights = routing.topk_weights * (kept >= 0)
-    counts = torch.bincount(kept[:, 0], minlength=routing.router_probs.shape[-1])
+    counts, dropped = (
+        torch.bincount(column, minlength=routing.router_probs.shape[-1])
+        for column in routing.topk_indices.T
+    )
     return (
         routing._replace(
             topk_indices=kept,
             topk_weights=weights,
             tokens_per_expert=counts,
-            num_dropped=torch.tensor(len(kept)),
+            num_dropped=dropped,
         ),
     )
 

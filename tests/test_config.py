@@ -212,14 +212,6 @@ MISTAKES = {
         [],
         ["x.yaml: optimizer.betas: got a list of 3; needs at most 2 entries"],
     ),
-    "capacity that is not implemented": (
-        "model: {moe: {capacity_factor: 0.5}}",
-        [],
-        [
-            "x.yaml: model.moe.capacity_factor: got 0.5; only null (dropless) is implemented;"
-            " leave it out"
-        ],
-    ),
     "a variant's check": (
         "model: {moe: {router: {name: topk, top_k: 1}}}",
         [],

@@ -369,9 +369,7 @@ def test_histograms_are_of_the_window_and_of_all_logits(logged):
 def test_logits_beyond_the_bounds_and_padding_in_the_histogram():
     logits = torch.tensor([[-99.0, 99.0, 16.0], [0.1, -0.1, math.nan], [5.0, 5.0, 5.0]])
     valid = torch.tensor([True, True, False])
-    routing = make_routing(
-        logits, logits, torch.ones(3, 1), torch.zeros(3, 1).long(), valid, num_dropped=None
-    )
+    routing = make_routing(logits, logits, torch.ones(3, 1), torch.zeros(3, 1).long(), valid)
     counts = routing_sums((routing,), torch.device("cpu"), detail=True).logit_counts[0]
     assert counts.sum() == 5
     assert (counts[0], counts[-1], counts[63], counts[64]) == (1, 2, 1, 1)

@@ -53,7 +53,6 @@ MISTAKES = {
     "Input should be a finite number": {"init_std": float("nan")},
     "Input should be 'none', 'head' or 'projection'": {"attention": {"qk_norm": "both"}},
     "Extra inputs are not permitted": {"hidden": 3},
-    "Input should be None": {"moe": {"capacity_factor": 1.25}},
 }
 
 

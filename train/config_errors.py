@@ -52,10 +52,6 @@ _NEEDS = {
 }
 
 
-# What the null of a setting that takes nothing else means.
-_ONLY_NULL = {"capacity_factor": "dropless"}
-
-
 class Origin(NamedTuple):
     """Where the settings came from.
 
@@ -211,8 +207,7 @@ def _messages(
     if kind == "literal_error":
         return [f"got {found}; allowed: {context['expected'].replace(' or ', ', ')}"]
     if kind == "none_required":
-        meaning = f" ({_ONLY_NULL[path[-1]]})" if path[-1] in _ONLY_NULL else ""
-        return [f"got {found}; only null{meaning} is implemented; leave it out"]
+        return [f"got {found}; takes nothing but null; leave it out"]
     if kind == "string_too_short" and context["min_length"] == 1:
         return [f"got {found}; needs text that is not empty"]
     if kind == "float_type" and type(item["input"]) is int:

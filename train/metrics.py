@@ -82,12 +82,13 @@ class StepMetrics(NamedTuple):
 class RoutingSums(NamedTuple):
     """What a forward pass adds to the step's numbers about routing, L routed layers.
 
-    counts (L, E + 1) int64: assignments, and dropped ones. logit_counts (L, LOGIT_BINS) int64 and
-    tokens (6, L) float64, the sums of `RouterSums`, both without layers where they were not asked
-    for; logit_max (L,).
+    counts (L, E) int64 assignments, and dropped (L, E) those that a capacity took back.
+    logit_counts (L, LOGIT_BINS) int64 and tokens (6, L) float64, the sums of `RouterSums`, both
+    without layers where they were not asked for; logit_max (L,).
     """
 
     counts: Tensor
+    dropped: Tensor
     logit_counts: Tensor
     tokens: Tensor
     logit_max: Tensor
@@ -96,10 +97,16 @@ class RoutingSums(NamedTuple):
         """Those of both passes together."""
         return RoutingSums(
             self.counts + other.counts,
+            self.dropped + other.dropped,
             self.logit_counts + other.logit_counts,
             self.tokens + other.tokens,
             torch.maximum(self.logit_max, other.logit_max),
         )
+
+    @property
+    def demand(self) -> Tensor:
+        """(L, E) assignments that the routers made."""
+        return self.counts + self.dropped
 
     def means(self) -> RouterMeans:
         """Over the tokens that were summed."""
@@ -113,16 +120,21 @@ def routing_sums(
 ) -> RoutingSums:
     """The numbers of one forward pass, without waiting for the device."""
     if not routings:
-        none = torch.zeros(0, 2, dtype=torch.int64, device=device)
-        return RoutingSums(none, none, none.new_zeros(6, 0).double(), none[:, 0].double())
-    counts = torch.stack([torch.cat([r.tokens_per_expert, r.num_dropped[None]]) for r in routings])
+        none = torch.zeros(0, 1, dtype=torch.int64, device=device)
+        return RoutingSums(none, none, none, none.new_zeros(6, 0).double(), none[:, 0].double())
+    counts = torch.stack([routing.tokens_per_expert for routing in routings])
+    dropped = torch.stack([routing.num_dropped for routing in routings])
     if not detail:
         none = counts.new_zeros(0, LOGIT_BINS)
-        return RoutingSums(counts, none, none.new_zeros(6, 0).double(), none[:, 0].double())
+        return RoutingSums(
+            counts, dropped, none, none.new_zeros(6, 0).double(), none[:, 0].double()
+        )
     each = [router_sums(routing) for routing in routings]
     tokens = torch.stack([torch.stack(sums[:-1]) for sums in each], 1)  # (6, L)
     logits = torch.stack([_logit_counts(routing) for routing in routings])
-    return RoutingSums(counts, logits, tokens, torch.stack([sums.logit_max for sums in each]))
+    return RoutingSums(
+        counts, dropped, logits, tokens, torch.stack([sums.logit_max for sums in each])
+    )
 
 
 def _logit_counts(routing: Routing) -> Tensor:

@@ -85,7 +85,7 @@ def train_step(
         sums = add_output(sums, output, detail=detail)
         seen(output.routings)
         if totals.counts_so_far is not None:
-            totals = totals._replace(counts_so_far=sums.routing.counts[:, :-1])
+            totals = totals._replace(counts_so_far=sums.routing.demand)
     assert sums is not None
     sums = sum_over_ranks(engine, sums, detail=detail)
     measured = step_detail(engine, sums) if detail else None
@@ -94,7 +94,7 @@ def train_step(
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, sums.routing.counts[:, :-1], sums.feedback)
+        update_routers(engine, sums.routing.demand, sums.feedback)
     engine.zero_grad()
     engine.clock.next_step()
     if problem is not None:
@@ -122,7 +122,6 @@ def step_metrics(
     if config.model.lm_z_loss_weight:
         aux.append(float(sums.lm_z_loss_sum / num_labels))
         coefficients.append(float(sums.lm_z_coefficient))
-    counts = sums.routing.counts.cpu()
     return StepMetrics(
         step=step + 1,
         lm_loss=float(sums.lm_loss_sum / num_labels),
@@ -130,8 +129,8 @@ def step_metrics(
         aux_coefficients=dict(zip(names, coefficients, strict=True)),
         learning_rate=rate,
         gradient_norm=float(gradient_norm),
-        tokens_per_expert=counts[:, :-1],
-        num_dropped=counts[:, -1],
+        tokens_per_expert=sums.routing.counts.cpu(),
+        num_dropped=sums.routing.dropped.sum(-1).cpu(),
         work_seconds=sums.work_seconds.cpu(),
         num_tokens=config.tokens_per_step,
         skipped=skipped,
@@ -179,7 +178,7 @@ def batch_totals(
             if engine.any_rank(stop()):
                 return None
             routings = engine(batch).routings
-            counts = counts + torch.stack([r.tokens_per_expert for r in routings])  # (L, E)
+            counts = counts + torch.stack([r.demand for r in routings])  # (L, E)
     set_random_state(random_state)
     return totals._replace(tokens_per_expert=engine.all_reduce(counts))
 
@@ -251,13 +250,14 @@ def sum_over_ranks(engine: Engine, sums: _StepSums, *, detail: bool) -> _StepSum
     routing = sums.routing
     numbers = [*sums[:-2], routing.tokens]
     *summed, tokens = _reduced(engine, numbers)
-    counts, logit_counts = _reduced(engine, [routing.counts, routing.logit_counts])
+    integers = [routing.counts, routing.dropped, routing.logit_counts]
+    counts, dropped, logit_counts = _reduced(engine, integers)
     memory, logit_max = sums.memory, routing.logit_max
     if detail:
         memory = torch.full_like(memory, memory_in_use(engine.device))
         largest = engine.all_reduce(torch.cat([memory.view(1), logit_max]), maximum=True)
         memory, logit_max = largest[0], largest[1:]
-    routing = RoutingSums(counts, logit_counts, tokens, logit_max)
+    routing = RoutingSums(counts, dropped, logit_counts, tokens, logit_max)
     return _StepSums._make([*summed, memory, routing])
 
 

@@ -70,7 +70,7 @@ def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
         probs = probs * valid.unsqueeze(-1)
     if config.scope == "sequence":
         return _sequence_loss(routing, probs, context)
-    counts = routing.tokens_per_expert
+    counts = routing.demand
     if config.scope == "global_batch" and context.batch_tokens_per_expert is not None:
         counts = context.batch_tokens_per_expert
     frequency = counts.to(probs.dtype) / counts.sum().clamp(min=1)  # (E,) f_i
