@@ -43,10 +43,12 @@ class AttentionConfig(Section):
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
-    intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one
-    shared expert, by default that of a routed one. num_dense_layers: that many layers at the bottom
-    are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
-    dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
+    intermediate_size: inner width of one expert. num_zero_experts, num_copy_experts and
+    num_constant_experts: further choices, which cost nothing, see `moe.zero_computation`.
+    shared_intermediate_size: inner width of one shared expert, by default that of a routed one.
+    num_dense_layers: that many layers at the bottom are dense; moe_layer_every: of the others, each
+    n-th is routed (1: all) and the rest dense. dense_intermediate_size: inner width of a dense
+    layer, by default that of equal active FLOPs.
     capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
     is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
     drop_priority: which tokens an expert keeps, the first, the most probable or random ones.
@@ -60,6 +62,9 @@ class MoEConfig(Section):
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
+    num_zero_experts: Natural = 0
+    num_copy_experts: Natural = 0
+    num_constant_experts: Natural = 0
     capacity_factor: Annotated[Real, Field(gt=0)] | None = None
     eval_capacity_factor: Annotated[Real, Field(gt=0)] | None = None
     drop_priority: Literal["position", "probability", "random"] = "position"
@@ -69,6 +74,16 @@ class MoEConfig(Section):
     losses: tuple[LossConfig, ...] = Field(
         default=({"name": "load_balancing"}, {"name": "router_z_loss"}), validate_default=True
     )
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among: experts, and those that cost nothing behind them."""
+        return self.num_experts + sum(self.zero_computation)
+
+    @property
+    def zero_computation(self) -> tuple[int, int, int]:
+        """Numbers of zero, copy and constant experts."""
+        return self.num_zero_experts, self.num_copy_experts, self.num_constant_experts
 
 
 class ModelConfig(Section):
@@ -118,7 +133,7 @@ class ModelConfig(Section):
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
-        return shared + round((routed + moe.num_experts) / 3)
+        return shared + round((routed + moe.num_choices) / 3)
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -127,19 +142,21 @@ class ModelConfig(Section):
 
     @property
     def top_k(self) -> int:
-        """K, the router's; E where it sets no bound."""
+        """K, the router's; all its choices where it sets no bound."""
         if not hasattr(self.moe.router, "top_k"):
             raise ValueError(
                 f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
                 f"number of columns of its Routing, or None for model.moe.num_experts"
             )
         top_k = self.moe.router.top_k
-        return self.moe.num_experts if top_k is None else top_k
+        return self.moe.num_choices if top_k is None else top_k
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over tokens: K, or what the router says where the number varies."""
-        return getattr(self.moe.router, "experts_per_token", self.top_k)
+        """The mean over tokens: K, or what the router says where the number varies. Experts that
+        cost nothing do not count: with them, the mean where all choices are equally frequent."""
+        chosen = getattr(self.moe.router, "experts_per_token", self.top_k)
+        return chosen * self.moe.num_experts / self.moe.num_choices
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
@@ -176,11 +193,12 @@ class ModelConfig(Section):
     def _experts_fit(self):
         moe = self.moe
         # First: it names the router's own setting, which need not be top_k.
-        moe.router.check_experts(moe.num_experts)
-        if self.top_k > moe.num_experts:
+        moe.router.check_experts(moe.num_choices)
+        if self.top_k > moe.num_choices:
             raise ValueError(
                 f"model.moe.router.top_k ({self.top_k}) must not exceed "
-                f"model.moe.num_experts ({moe.num_experts})"
+                f"model.moe.num_experts ({moe.num_choices}"
+                f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
             )
         if self.feed_forward == "moe" and not self.moe_layers:
             raise ValueError(

@@ -19,6 +19,7 @@ from moe.dispatcher import local_dispatch
 from moe.modules import Linear
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant
+from moe.zero_computation import ZeroComputationExperts, networks_only
 
 
 class DenseFeedForward(nn.Module):
@@ -56,10 +57,15 @@ class MoELayer(nn.Module):
         )
         self.drop_priority = moe.drop_priority
         self.router = load_variant("routers", moe.router.name).Router(
-            moe.router, hidden, moe.num_experts
+            moe.router, hidden, moe.num_choices
         )
-        self.num_local_experts = moe.num_experts
+        self.num_experts = self.num_local_experts = moe.num_experts
         self.experts = self.build_experts(config)
+        self.zero_computation = None
+        if sum(moe.zero_computation):
+            self.zero_computation = ZeroComputationExperts(
+                hidden, moe.num_experts, *moe.zero_computation
+            )
         self.shared_experts = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * config.shared_intermediate_size
@@ -84,9 +90,14 @@ class MoELayer(nn.Module):
         routing = self.router(x, context)
         factor = self.capacity_factor if context.training else self.eval_capacity_factor
         if factor is not None:
-            routing = limit_to_capacity(routing, factor, self.drop_priority, context)
+            routing = limit_to_capacity(
+                routing, factor, self.drop_priority, context, num_bounded=self.num_experts
+            )
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
-        return self.dispatch(x, routing, shared), routing
+        if self.zero_computation is None:
+            return self.dispatch(x, routing, shared), routing
+        out = self.dispatch(x, networks_only(routing, self.num_experts), shared)
+        return out + self.zero_computation(x, routing), routing
 
 
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:

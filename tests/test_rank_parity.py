@@ -89,12 +89,15 @@ def covering_cases(world: int) -> list[dict[str, Any]]:
 
 def other_models() -> list[dict[str, Any]]:
     """Models in which a parameter is shared, or none is an expert, and bfloat16; experts that have
-    no w3, which DeepSpeed's own code names, and no fused kernel; two ranks."""
+    no w3, which DeepSpeed's own code names, and no fused kernel, that cost nothing, or that drop
+    tokens; two ranks."""
     tied = {"model.tie_embeddings": True}
     dense = {"model.feed_forward": "dense", "model.moe": ...}
     half = {"training.precision": "bfloat16"}
     no_gate = {"model.moe.experts": {"name": "relu2"}}
     gated = {"model.moe.experts": {"name": "geglu"}}
+    bounded = {"model.moe.capacity_factor": 0.8}
+    costless = {f"model.moe.num_{kind}_experts": 1 for kind in ("zero", "copy", "constant")}
     return [
         case("sgd", size, stage, clip=True, passes=3, recompute=False, world=2) | model
         for model, size, stages in (
@@ -103,6 +106,8 @@ def other_models() -> list[dict[str, Any]]:
             (half, 2, (0, 1, 2, 3)),
             (no_gate, 2, (0, 1, 2, 3)),
             (gated, 2, (3,)),
+            (costless, 2, (1, 3)),
+            (bounded, 2, (1,)),
         )
         for stage in stages
     ]
