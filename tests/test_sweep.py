@@ -265,6 +265,14 @@ def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_pa
     assert "is of other settings (optimizer.learning_rate: 0.02 there, 0.5 now)" in error
 
 
+def test_an_arm_that_diverges_is_named_and_the_finished_ones_stay(tmp_path, capsys):
+    out, arms = tmp_path / "out", {"good": {}, "wild": {"optimizer": {"learning_rate": 1e30}}}
+    assert sweep(out, arms=arms, seeds=2) == 5
+    error = capsys.readouterr().err
+    assert "arm wild, seed 0: " in error and "--arms goes on without this arm" in error
+    assert list(kept(out)) == ["seed_0/good"]
+
+
 def test_one_sweep_at_a_time_may_write(tmp_path, capsys):
     with RunLock(tmp_path / "out"):
         assert sweep(tmp_path / "out") == 2

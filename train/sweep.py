@@ -27,7 +27,7 @@ from train.config import dump_config
 from train.data import check_sources
 from train.drawing import save_figure
 from train.engine import build_engine
-from train.errors import ConfigError
+from train.errors import ConfigError, NonFiniteError
 from train.loop import Loop, Position, StopRequest
 from train.metrics_writer import write_sweep_run
 from train.plan import describe_plan, format_count, make_plan
@@ -153,7 +153,12 @@ def train_run(run: Run, study: Study, status: StatusLine, stop: StopRequest) -> 
     seed_all(config.seed)
     engine = build_engine(config, config.model)
     loop = Loop(engine, study.data, config, writer=None, status=status, save=lambda position: None)
-    _, evaluation = loop.run(Position(), stop)
+    try:
+        _, evaluation = loop.run(Position(), stop)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"arm {run.arm}, seed {config.seed}: {error}; --arms goes on without this arm"
+        ) from error
     if evaluation is None:
         return False
     # A median: a shared machine stalls now and then.
