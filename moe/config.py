@@ -158,6 +158,14 @@ class ModelConfig(Section):
         chosen = getattr(self.moe.router, "experts_per_token", self.top_k)
         return chosen * self.moe.num_experts / self.moe.num_choices
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token's experts depend on later tokens, in training too."""
+        router = self.moe.router
+        return not self.moe_layers or (
+            load_variant("routers", router.name).Router.causal and router.causal
+        )
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
         if self.feed_forward == "dense" or layer < self.moe.num_dense_layers:
@@ -218,8 +226,7 @@ class ModelConfig(Section):
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
-        router = load_variant("routers", moe.router.name).Router
-        if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
+        if not self.causal and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"

@@ -109,6 +109,7 @@ BY_LAYER = {
     "load/max_violation": "health/max_violation",
     "load/max_violation_window": "health/max_violation_window",
     "load/max_violation_validation": None,
+    "load/dead_experts_validation": None,
     "load/max_violation_sequence": None,
     "load/effective_experts": "health/effective_experts",
     "load/dead_experts": "health/dead_experts",
@@ -421,6 +422,7 @@ def test_specialisation_is_that_of_the_checkpoint_evaluated_again(logged):
         whole = evaluation.tokens_per_expert.sum(0).double()  # (L, E)
         for measure, expected in {
             "load/max_violation_validation": whole.amax(-1) / whole.mean(-1) - 1,
+            "load/dead_experts_validation": (whole == 0).sum(-1),
             "load/max_violation_sequence": evaluation.sequence_violation,
             "specialisation/domain_information": evaluation.information,
             "specialisation/domain_information_shuffled": evaluation.shuffled_information,

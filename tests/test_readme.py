@@ -11,6 +11,7 @@ from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights
 from moe.variants import load_variant
 from train.config import load_config
+from train.sweep_config import load_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,18 @@ def test_example_of_a_run_loads(tmp_path):
     config = load_config(path)
     assert config.model.moe.router.bias_update_rate == 1e-3
     assert config.num_steps * config.tokens_per_step >= 4_000_000
+
+
+def test_example_of_a_sweep_loads(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(block("yaml", "# Does a loss-free bias"))
+    sweep = load_sweep(path)
+    assert list(sweep.arms) == ["loss", "bias", "dense"] and sweep.baseline == "loss"
+
+
+def test_table_of_sweeps_names_all_of_them():
+    named = set(re.findall(r"^\| `(\w+\.yaml)` \|", README, re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
 
 
 def test_example_of_a_router_trains(tmp_path, monkeypatch):
