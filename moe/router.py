@@ -128,12 +128,15 @@ def routing_of(
     )
 
 
-def refuse_constant_weight(top_k: int | None, normalize: bool) -> None:
-    """ValueError on settings with which the language model's loss never reaches the router."""
+def refuse_constant_weight(top_k: int | None, normalize: bool, setting: str = "top_k") -> None:
+    """ValueError on settings with which the language model's loss never reaches the router.
+
+    Args: setting: the name of the setting that holds `top_k`.
+    """
     if top_k == 1 and normalize:
         raise ValueError(
-            "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-            "gradient; set normalize: false or top_k of at least 2"
+            f"normalize (True) with {setting} (1) makes every weight 1, so the router would get no "
+            f"gradient; set normalize: false or {setting} of at least 2"
         )
 
 
