@@ -190,6 +190,16 @@ def test_a_model_that_is_no_olmoe_is_not_exported():
     assert (
         str(caught.value) == "model.attention.qk_norm (head) must be projection in an OLMoE model"
     )
+    for name, value in (("scale", 2.5), ("num_groups", 3)):
+        other = config.moe.router.model_copy(update={name: value})
+        moe = config.moe.model_copy(update={"router": other})
+        with pytest.raises(ValueError, match=rf"model\.moe\.router\.{name} \({value}\) must be"):
+            state_dict_to_hf(state, config.model_copy(update={"moe": moe}))
+    biased = state | {"blocks.0.feed_forward.router.logit_bias": torch.zeros(6)}
+    with pytest.raises(
+        ValueError, match=r"no place for blocks\.0\.feed_forward\.router\.logit_bias"
+    ):
+        state_dict_to_hf(biased, config)
     state["blocks.1.feed_forward.router.expert_bias"] += 1
     with pytest.raises(ValueError, match="expert_bias is not 0"):
         state_dict_to_hf(state, config)

@@ -208,6 +208,8 @@ def _check_is_olmoe(config: ModelConfig) -> None:
         "moe.eval_capacity_factor": (config.moe.eval_capacity_factor, None),
         "moe.router.name": (config.moe.router.name, "topk"),
         "moe.router.score": (getattr(config.moe.router, "score", None), "softmax"),
+        "moe.router.scale": (getattr(config.moe.router, "scale", 1.0), 1.0),
+        "moe.router.num_groups": (getattr(config.moe.router, "num_groups", None), None),
         "moe.experts.name": (config.moe.experts.name, "swiglu"),
         "moe.experts.clamp": (getattr(config.moe.experts, "clamp", None), None),
         "routed layers": (len(config.moe_layers), config.num_layers),
