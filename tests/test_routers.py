@@ -1,9 +1,11 @@
 """Do the record of a routing and top-k do what they say? What all routers keep:
 `tests/test_router_contract.py`."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import randn, relative_error
+from model_cases import tiny_model
 from router_cases import D, E, T, build, context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -52,6 +54,32 @@ def test_topk_weights_by_hand():
     assert routing.topk_indices.tolist() == [[3, 2]]
     assert routing.topk_weights.tolist() == [pytest.approx([4 / 7, 3 / 7], rel=1e-6)]
     assert routing.router_probs[0, 1].item() == pytest.approx(2 / 12, rel=1e-6)
+
+
+def test_a_logit_bias_enters_choice_and_weights():
+    router = build("topk", {"top_k": 2, "logit_bias": True})
+    x, bias = randn(T, D, seed=9), np.array([0.0, 3.0, 0.0, -3.0, 1.0, 0.0])
+    with torch.no_grad():
+        router.logit_bias.copy_(torch.from_numpy(bias))
+    routing = router(x, context())
+    logits = x.double().numpy() @ router.weight.detach().double().numpy().T + bias
+    assert relative_error(routing.router_logits, torch.from_numpy(logits)) < 1e-5
+    best = np.argsort(-logits, axis=-1)[:, :2]
+    assert routing.topk_indices.tolist() == best.tolist()
+    powers = np.exp(np.take_along_axis(logits, best, -1))
+    expected = torch.from_numpy(powers / powers.sum(-1, keepdims=True))
+    assert relative_error(routing.topk_weights, expected) < 1e-5
+    assert not hasattr(build("topk", {}), "logit_bias")
+
+
+def test_a_logit_bias_begins_at_0():
+    router = (
+        tiny_model(moe={"router": {"name": "topk", "logit_bias": True}})
+        .blocks[0]
+        .feed_forward.router
+    )
+    assert torch.count_nonzero(router.logit_bias) == 0
+    assert router.weight.abs().max() > 0.1
 
 
 def test_bias_chooses_but_does_not_weigh():
