@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
 from kernels.routing import TopK, fused_topk, weights_of
-from moe.routing import RouterContext, Routing, make_routing, uniform_routing
+from moe.routing import RouterContext, Routing, make_routing, noise_like, uniform_routing
 from moe.variants import Count, VariantConfig
 
 
@@ -75,10 +75,7 @@ class LinearRouter(RouterModule):
         with no_autocast(x):
             x = at_least_float32(x)
             if context.training and jitter > 0:
-                noise = torch.rand(
-                    x.shape, generator=context.generator, device=x.device, dtype=x.dtype
-                )
-                x = x * (1 + jitter * (2 * noise - 1))
+                x = x * (1 + jitter * (2 * noise_like(x, context, Tensor.uniform_) - 1))
             return linear(x, at_least_float32(self.weight))
 
 

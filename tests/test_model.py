@@ -251,6 +251,12 @@ def test_a_noise_generator_under_activation_checkpointing_is_refused():
         model(tokens(1, 4), generator=torch.Generator())
 
 
+def test_a_noise_generator_beside_noise_seeds_is_refused():
+    model = tiny_model(moe={"router": {"name": "topk", "jitter": 0.2}})
+    with pytest.raises(ValueError, match=r"^generator must be None where noise_seeds"):
+        model(tokens(1, 4), generator=torch.Generator(), noise_seeds=torch.tensor([3]))
+
+
 def test_every_parameter_gets_a_gradient():
     model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "num_dense_layers": 1})
     ids = tokens(4, 16)

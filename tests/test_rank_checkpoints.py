@@ -20,9 +20,9 @@ from train.packing import Batch, TrainLoader
 from train.ranks import Ranks
 from train.step import read_step, train_step
 
-# No noise, whose streams differ between layouts; a rate that does not depend on the run's length.
-CALM = {
-    "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
+# With noise, and a rate that does not depend on the run's length.
+STEADY = {
+    "model.moe.router": {"name": "topk", "jitter": 0.2, "bias_update_rate": 0.02},
     "training.device": "cpu",
     "training.micro_batch_size": None,
     "training.batch_size": 8,
@@ -70,7 +70,7 @@ def layouts(*sizes: int) -> list[Layout]:
 
 
 def config_of(run_dir: Path, layout: Layout, steps: int = SECOND + MANY) -> RunConfig:
-    return make_config(run_dir, CALM | layout.settings() | {"training.steps": steps})
+    return make_config(run_dir, STEADY | layout.settings() | {"training.steps": steps})
 
 
 class Uninterrupted(NamedTuple):
@@ -95,7 +95,7 @@ def alone(tmp_path_factory) -> Uninterrupted:
         tokens.append(torch.cat([batch.input_ids for batch in batches]))
         return batches
 
-    settings = CALM | {"training.steps": SECOND + MANY, "checkpoint.every": FIRST}
+    settings = STEADY | {"training.steps": SECOND + MANY, "checkpoint.every": FIRST}
     with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
         patch.setattr("train.loop.read_step", recorded)
         assert run(run_dir, settings) == 0
@@ -221,7 +221,7 @@ def write_and_read(
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_path, monkeypatch):
     """Bit for bit, from the disk; runs that ranks began themselves."""
-    monkeypatch.setitem(CALM, "model.tie_embeddings", tied)
+    monkeypatch.setitem(STEADY, "model.tie_embeddings", tied)
     writers = [Layout(2, 0), Layout(1, 1), Layout(2, 2), Layout(2, 3, "released")]
     written = [(tmp_path / f"run_{number}", each, 0) for number, each in enumerate(writers)]
     others = [*writers[1:], writers[0]]
@@ -239,7 +239,7 @@ def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_
 
 def with_tied(ranks: Ranks, tied: bool, work: Any, *args: Any) -> Any:
     """`work` in a process that knows nothing of the test's own settings."""
-    CALM["model.tie_embeddings"] = tied
+    STEADY["model.tie_embeddings"] = tied
     return work(ranks, *args)
 
 

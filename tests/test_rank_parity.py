@@ -21,9 +21,9 @@ from train.ranks import Ranks
 from train.step import read_step, train_step
 
 STEPS = 3
-# Noise would be another one for each rank; everything else that could depend on the layout is on.
-CALM = {
-    "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
+# Everything that could depend on the layout is on, noise too.
+EVERYTHING = {
+    "model.moe.router": {"name": "topk", "jitter": 0.2, "bias_update_rate": 0.02},
     "model.moe.losses": [
         {"name": "load_balancing", "weight": 0.5},
         {"name": "router_z_loss", "weight": 0.1},
@@ -44,7 +44,7 @@ INTERRUPTED = {"planted": "interruptions", "training.nonfinite": "skip"}
 def case(
     optimizer: str, size: int, stage: int, *, clip: bool, passes: int, recompute: bool, world: int
 ) -> dict[str, Any]:
-    """The settings in which a case differs from CALM; `optimizer` is no setting."""
+    """The settings in which a case differs from EVERYTHING; `optimizer` is no setting."""
     return {
         "deepspeed": {"zero_optimization": RELEASED} if stage == 3 else {},
         "optimizer": optimizer,
@@ -163,11 +163,11 @@ def planted_faults() -> list[dict[str, Any]]:
 
 def settings_of(changes: dict[str, Any]) -> RunConfig:
     changed = {key: value for key, value in changes.items() if key not in ("optimizer", "planted")}
-    calm = CALM
+    base = EVERYTHING
     if "model.moe" in changed:
         # Settings of experts would have no effect.
-        calm = {key: value for key, value in CALM.items() if not key.startswith("model.moe.")}
-    return make_config(Path("unused"), calm | changed)
+        base = {key: value for key, value in EVERYTHING.items() if not key.startswith("model.moe.")}
+    return make_config(Path("unused"), base | changed)
 
 
 def plant(engine: Any, fault: str | None) -> None:
@@ -288,7 +288,8 @@ def check(changes: dict[str, Any], found: dict[str, Any]) -> None:
         assert torch.equal(ours["tokens_per_expert"], theirs["tokens_per_expert"])
         assert ours["aux_coefficients"] == pytest.approx(theirs["aux_coefficients"], rel=1e-6)
         for mean, wanted in zip(ours["detail"].routers, theirs["detail"].routers, strict=True):
-            assert torch.allclose(mean, wanted, rtol=1e-4, atol=1e-6)
+            # A mean near 0, such as that of logsumexp, has lost digits.
+            assert torch.allclose(mean, wanted, rtol=1e-4 if sgd else 1e-3, atol=1e-6)
         if sgd:
             assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=tolerance)
             for norms in ("gradient_norms", "weight_norms"):

@@ -10,7 +10,7 @@ from router_cases import D, E, T, build, context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.routing import fused_topk
-from moe.routing import make_routing
+from moe.routing import make_routing, noise_like
 from moe.variants import load_variant
 
 
@@ -160,6 +160,32 @@ def test_jitter_scales_each_input_within_its_bounds():
     assert 1.095 < logits.max() <= 1.1
     assert abs(logits.mean().item() - 1) < 0.005
     assert torch.equal(router(x, context(shape=(4000, 1))).router_logits, torch.ones(4000, E))
+
+
+@pytest.mark.parametrize("fill", [torch.Tensor.uniform_, torch.Tensor.normal_])
+def test_noise_of_a_sequence_follows_from_its_seed_and_the_layer_alone(fill):
+    seeds = torch.tensor([5, 2**63 - 1, 5])
+
+    def drawn(rows: slice, layer: int = 0) -> torch.Tensor:
+        shape = (len(seeds[rows]), 8)
+        about = context(shape=shape)._replace(noise_seeds=seeds[rows], layer=layer)
+        torch.rand(3)
+        return noise_like(torch.zeros(shape[0] * shape[1], E), about, fill).view(*shape, E)
+
+    whole = drawn(slice(3))
+    assert torch.equal(drawn(slice(1, 3)), whole[1:])
+    assert torch.equal(whole[0], whole[2]) and not torch.equal(whole[0], whole[1])
+    assert not bool((drawn(slice(3), layer=1) == whole).any())
+    # Numbers of the stream that the seed begins.
+    expected = torch.empty(8, E)
+    fill(expected, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(whole[0], expected)
+
+
+def test_seeds_for_another_number_of_sequences_are_refused():
+    about = context()._replace(noise_seeds=torch.zeros(2).long())
+    with pytest.raises(ValueError, match="zip"):
+        noise_like(torch.zeros(T, E), about, torch.Tensor.uniform_)
 
 
 def test_top_1_with_normalised_weights_is_refused():

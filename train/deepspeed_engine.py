@@ -207,6 +207,7 @@ class DeepSpeedEngine:
             batch.document_ids.to(self.device, non_blocking=True),
             totals=totals,
             routes=routes_of(batch, self.device),
+            noise_seeds=batch.noise_seeds,
         )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
