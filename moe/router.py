@@ -22,6 +22,8 @@ class RouterModule(nn.Module):
 
     causal: no later token plays a part in a token's choice, in training too.
     independent: no other token at all plays a part.
+    divisible: sequences that are routed in parts, with the noise of their own seeds, have the same
+    experts as together, and the means over parts of penalty and feedback are those of the whole.
     permutes_tokens: tokens in another order have the same experts.
     permutes_experts: experts in another order are chosen in that order.
     fixed_k: every valid token has exactly K experts.
@@ -32,6 +34,7 @@ class RouterModule(nn.Module):
 
     causal = True
     independent = True
+    divisible = True
     permutes_tokens = True
     permutes_experts = True
     fixed_k = True

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from router_cases import CHECKS, maker
+from router_step_cases import CHECKS as STEP_CHECKS
 
 from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights
@@ -84,5 +85,5 @@ def test_example_of_a_router_trains(tmp_path, monkeypatch):
     # And it keeps the contract, as every router of ours.
     examples = load_variant("routers", "readme_lab.cosine").EXAMPLES
     for settings in ({}, *examples):
-        for check in CHECKS.values():
+        for check in (CHECKS | STEP_CHECKS).values():
             check(maker("readme_lab.cosine", settings))

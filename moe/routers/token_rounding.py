@@ -92,6 +92,7 @@ class Router(LinearRouter):
 
     causal = False
     independent = False
+    divisible = False
     fixed_k = False
     replays = True
 
