@@ -3,7 +3,8 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,9 +44,10 @@ class AttentionConfig(Section):
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
-    intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one
-    shared expert, by default that of a routed one. num_dense_layers: that many layers at the bottom
-    are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
+    experts: their kind, which shared experts and dense layers share. intermediate_size: inner width
+    of one expert. shared_intermediate_size: inner width of one shared expert, by default that of a
+    routed one. num_dense_layers: that many layers at the bottom are dense; moe_layer_every: of the
+    others, each n-th is routed (1: all) and the rest dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
     allow_non_causal: permit a router that sees later tokens.
@@ -104,9 +106,9 @@ class ModelConfig(Section):
     def dense_intermediate_size(self) -> int:
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
-        A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
-        the D E of its router.
+        A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
+        multiplies those of its K (or mean number of) routed experts, its shared ones and the D E of
+        its router.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -114,12 +116,23 @@ class ModelConfig(Section):
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
-        return shared + round((routed + moe.num_experts) / 3)
+        return shared + round((routed + moe.num_experts) / matrices)
 
     @property
     def shared_intermediate_size(self) -> int:
         """Inner width of one shared expert."""
         return self.moe.shared_intermediate_size or self.moe.intermediate_size
+
+    @property
+    def activate(self) -> Callable[..., Any]:
+        """What stands between the matrices of shared experts and dense layers: as in experts."""
+        experts: Any = self.moe.experts
+        if not hasattr(experts, "activate"):
+            raise ValueError(
+                f"model.moe.experts.name ({experts.name}): its Config must have activate, which "
+                f"shared experts and dense layers use too"
+            )
+        return experts.activate
 
     @property
     def top_k(self) -> int:
@@ -196,6 +209,9 @@ class ModelConfig(Section):
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
+        if moe.num_shared_experts or len(self.moe_layers) < self.num_layers:
+            # Raises where the experts are of a kind that cannot be dense.
+            _ = self.activate
         router = load_variant("routers", moe.router.name).Router
         if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
             raise ValueError(

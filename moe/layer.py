@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
@@ -21,16 +20,22 @@ from moe.variants import load_variant
 
 
 class DenseFeedForward(nn.Module):
-    """SwiGLU of one width for all tokens: (T, D) -> (T, D)."""
+    """One network of the experts' kind for all tokens: (T, D) -> (T, D).
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    y = w2 activate(w1 x, w3 x), without w3 where the experts have no gate.
+    """
+
+    def __init__(self, config: ModelConfig, intermediate_size: int):
         super().__init__()
-        self.w1 = Linear(hidden_size, intermediate_size)
-        self.w2 = Linear(intermediate_size, hidden_size)
-        self.w3 = Linear(hidden_size, intermediate_size)
+        hidden = config.hidden_size
+        self.activate = config.activate
+        self.w1 = Linear(hidden, intermediate_size)
+        self.w2 = Linear(intermediate_size, hidden)
+        self.w3 = Linear(hidden, intermediate_size) if config.moe.experts.has_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = (self.w1(x),) if self.w3 is None else (self.w1(x), self.w3(x))  # (T, F) each
+        return self.w2(self.activate(*hidden))
 
 
 class MoELayer(nn.Module):
@@ -57,7 +62,7 @@ class MoELayer(nn.Module):
         self.shared_experts = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * config.shared_intermediate_size
-            self.shared_experts = DenseFeedForward(hidden, width)
+            self.shared_experts = DenseFeedForward(config, width)
 
     def build_experts(self, config: ModelConfig) -> nn.Module:
         """All experts of the layer; an expert-parallel layer builds its own share instead."""

@@ -13,7 +13,7 @@ from model_cases import tiny_config, tiny_model, tokens
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
 from moe.routing import RouterContext, make_routing
-from moe.variants import VariantConfig, load_variant
+from moe.variants import VariantConfig, load_variant, variant_names
 
 # --- the expert layer ---
 
@@ -31,13 +31,24 @@ def moe_layer(seed=0, **moe):
     return layer
 
 
-def test_one_expert_is_the_dense_layer():
+EXPERTS = [
+    {"name": name, **settings}
+    for name in variant_names("experts")
+    for settings in ({}, *getattr(load_variant("experts", name), "EXAMPLES", ()))
+]
+
+
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+def test_one_expert_is_the_dense_layer_of_its_kind(experts):
     # A softmax over one expert is 1: the router's weight says nothing.
     router = {"name": "topk", "top_k": 1, "normalize": False}
-    layer = moe_layer(num_experts=1, router=router)
-    dense = DenseFeedForward(24, 14).double()
-    for name in ("w1", "w2", "w3"):
-        getattr(dense, name).weight.data = getattr(layer.experts, name).data[0]
+    moe = {"num_experts": 1, "router": router, "experts": experts}
+    layer = moe_layer(**moe)
+    dense = DenseFeedForward(tiny_config(moe=moe), 14).double()
+    weights = {name: stack[0] for name, stack in layer.experts.named_parameters()}
+    assert {f"{name}.weight" for name in weights} == dict(dense.named_parameters()).keys()
+    for name, weight in weights.items():
+        getattr(dense, name).weight.data = weight.data
     x = randn(30, 24, seed=9, dtype=torch.float64)
     out, routing = layer(x, context(30))
     assert_equals(out, dense(x))

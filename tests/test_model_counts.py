@@ -36,19 +36,20 @@ def test_parameters_equal_a_hand_formula(name):
     config = model.config
     moe, shared = config.moe, config.moe.num_shared_experts
     attention = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 2 * 6
-    expert = (2 if moe.experts.name == "relu2" else 3) * 24 * 14
+    matrices = 2 if moe.experts.name == "relu2" else 3
+    expert = matrices * 24 * 14
     total = active = 0
     for layer in range(config.num_layers):
         if config.is_moe_layer(layer):
-            own = 6 * 24 + shared * 3 * 24 * 14
+            own = 6 * 24 + shared * expert
             total += own + 6 * expert
             active += own + 2 * expert
         else:
-            # shared + round((2 * expert / 24 + 6) / 3): the width of equal active FLOPs
-            routed = {2: 21, 3: 30}[expert // (24 * 14)]  # 62 / 3 and 90 / 3
+            # shared + round((2 * expert / 24 + 6) / matrices): the width of equal active FLOPs
+            routed = {2: 31, 3: 30}[matrices]  # 62 / 2 and 90 / 3
             width = moe.dense_intermediate_size or shared * 14 + routed
-            total += 3 * 24 * width
-            active += 3 * 24 * width
+            total += matrices * 24 * width
+            active += matrices * 24 * width
         total += attention + 2 * 24
         active += attention + 2 * 24
     table = 67 * 24
@@ -112,6 +113,7 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {"num_layers": 4, "moe": {"num_dense_layers": 1, "dense_intermediate_size": 300}},
         {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
         {"moe": {"experts": {"name": "gelu"}, "num_shared_experts": 1}},
+        {"num_layers": 3, "moe": {"experts": {"name": "relu2"}, "num_dense_layers": 1}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

@@ -59,6 +59,10 @@ CASES: dict[str, dict[str, Any]] = {
     "GEGLU in bfloat16": experts("geglu") | {"training.precision": "bfloat16"},
     "GELU": experts("gelu"),
     "squared ReLU": experts("relu2"),
+    "shared and dense of GELU": {"model.moe": FINE | {"experts": {"name": "gelu"}}},
+    "shared and dense with a clamp": {
+        "model.moe": FINE | {"experts": {"name": "swiglu", "clamp": 1.0}}
+    },
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
 }
@@ -105,7 +109,9 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
     assert kept + one_block < 0.5 * without
 
 
-@pytest.mark.parametrize("case", ["as it is", "dense", "fine experts", "tied", "GEGLU", "GELU"])
+@pytest.mark.parametrize(
+    "case", ["as it is", "dense", "fine experts", "tied", "GEGLU", "shared and dense of GELU"]
+)
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.
     config = make_config(tmp_path, WIDE | CASES[case] | {"training.seq_len": 4})

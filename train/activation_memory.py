@@ -13,18 +13,24 @@ _FLOAT32 = 4
 _KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 2}
 
 
+def _kept_by_autograd(model: ModelConfig) -> int:
+    """Rows of (F,) that a network of the experts' kind keeps where each step keeps what it takes:
+    w1 x and w3 x, clamped where a clamp is set, the activation, and its product with w3 x."""
+    experts = model.moe.experts
+    if not experts.has_gate:
+        return 2
+    return 4 if getattr(experts, "clamp", None) is None else 6
+
+
 def _kept_widths(model: ModelConfig) -> tuple[int, int]:
     """Rows of (F,) and of (D,) that the experts keep for each assignment, their outputs included.
 
-    Those of `moe.expert_rows` keep what each step takes: the rows, w1 x and w3 x, clamped where a
-    clamp is set, the activation, and its product with w3 x.
+    Those of `moe.expert_rows` keep the rows too.
     """
     experts = model.moe.experts
     if hasattr(experts, "save"):
         return _KEPT_WIDTHS[experts.save], 1
-    if not experts.has_gate:
-        return 2, 2
-    return (4 if getattr(experts, "clamp", None) is None else 6), 2
+    return _kept_by_autograd(model), 2
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
@@ -76,11 +82,12 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     """Bytes a token of the norm and the feed-forward part of a block."""
     kept = (_FLOAT32 + c) * model.hidden_size
     if not model.is_moe_layer(layer):
-        return kept + c * 4 * model.dense_intermediate_size
+        return kept + c * _kept_by_autograd(model) * model.dense_intermediate_size
     moe = model.moe
     inner, outer = _kept_widths(model)
     kept += c * (inner * moe.intermediate_size + outer * model.hidden_size) * model.top_k
-    kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
+    shared_width = moe.num_shared_experts * model.shared_intermediate_size
+    kept += c * _kept_by_autograd(model) * shared_width
     # The router's: its input in float32, that times the noise and the noise, logits and
     # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
     copies = (c < _FLOAT32) + 2 * (getattr(moe.router, "jitter", 0) > 0)
@@ -97,12 +104,12 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
         stacked = model.is_moe_layer(layer) and narrow
         return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths = 3 * model.dense_intermediate_size
+    inner = model.dense_intermediate_size
     if model.is_moe_layer(layer):
-        matrices = 3 if moe.experts.has_gate else 2
-        widths = matrices * moe.num_experts * moe.intermediate_size
-        widths += 3 * moe.num_shared_experts * model.shared_intermediate_size
-    return c * model.hidden_size * (heads * model.head_dim + widths)
+        inner = moe.num_experts * moe.intermediate_size
+        inner += moe.num_shared_experts * model.shared_intermediate_size
+    matrices = 3 if moe.experts.has_gate else 2
+    return c * model.hidden_size * (heads * model.head_dim + matrices * inner)
 
 
 def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
