@@ -46,8 +46,11 @@ class MoEConfig(Section):
 
     experts: their kind, which shared experts and dense layers share. intermediate_size: inner width
     of one expert. shared_intermediate_size: inner width of one shared expert, by default that of a
-    routed one. num_dense_layers: that many layers at the bottom are dense; moe_layer_every: of the
-    others, each n-th is routed (1: all) and the rest dense.
+    routed one. latent_size: width l of what routed experts read and write, in place of hidden_size:
+    one matrix D -> l before the dispatch and one l -> D after it, shared by all experts; router and
+    shared experts see D (LatentMoE, arXiv 2601.18089). num_dense_layers: that many layers at the
+    bottom are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest
+    dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
     allow_non_causal: permit a router that sees later tokens.
@@ -57,6 +60,7 @@ class MoEConfig(Section):
     intermediate_size: Count = 256
     num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
+    latent_size: Count | None = None
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
@@ -107,8 +111,8 @@ class ModelConfig(Section):
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
         A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
-        multiplies those of its K (or mean number of) routed experts, its shared ones and the D E of
-        its router.
+        multiplies those of its K (or mean number of) routed experts, of l in place of D with
+        latent_size, its shared ones, the D E of its router and the 2 D l around latent experts.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -116,7 +120,15 @@ class ModelConfig(Section):
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
-        return shared + round((routed + moe.num_experts) / matrices)
+        # All by D, as the router's D E is E.
+        others = moe.num_experts + 2 * (moe.latent_size or 0)
+        routed_by_d = routed * self.expert_hidden_size / self.hidden_size
+        return shared + round((routed_by_d + others) / matrices)
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width of what a routed expert reads and writes: D, or l of latent experts."""
+        return self.moe.latent_size or self.hidden_size
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -202,6 +214,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
                 f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        if moe.latent_size is not None and moe.latent_size > self.hidden_size:
+            raise ValueError(
+                f"model.moe.latent_size ({moe.latent_size}) must not exceed model.hidden_size "
+                f"({self.hidden_size}): a latent that is wider holds no more and costs more; lower "
+                f"it, or remove it for experts of the full width"
             )
         if moe.dense_intermediate_size is not None and len(self.moe_layers) == self.num_layers:
             raise ValueError(

@@ -3,6 +3,9 @@
 1. the router chooses K experts for each token
 2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
 5. shared experts, which every token passes, are added
+
+Latent experts (LatentMoE, arXiv 2601.18089) work in l < D dimensions: one matrix before step 2 and
+one after step 4, so that l numbers a row are sent.
 """
 
 from collections.abc import Callable
@@ -44,6 +47,7 @@ class MoELayer(nn.Module):
     Attributes:
         first_expert, num_local_experts: the experts in this process, by global number; all of them
             here, a share of them in an expert-parallel subclass.
+        latent_down, latent_up: D -> l and l -> D around the experts; None without a latent_size.
     """
 
     first_expert = 0
@@ -59,6 +63,9 @@ class MoELayer(nn.Module):
         )
         self.num_local_experts = moe.num_experts
         self.experts = self.build_experts(config)
+        latent = moe.latent_size
+        self.latent_down = None if latent is None else Linear(hidden, latent)
+        self.latent_up = None if latent is None else Linear(latent, hidden)
         self.shared_experts = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * config.shared_intermediate_size
@@ -70,19 +77,28 @@ class MoELayer(nn.Module):
         return module.Experts(
             config.moe.experts,
             config.moe.num_experts,
-            config.hidden_size,
+            config.expert_hidden_size,
             config.moe.intermediate_size,
         )
 
-    def dispatch(self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None) -> Tensor:
-        """Steps 2-5, `shared` computes the last; an expert-parallel layer has all-to-alls there."""
-        out = local_dispatch(self.experts, x, routing, backend=self.backend)  # (T, D)
-        return out if shared is None else out + shared()
+    def dispatch(
+        self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Steps 2-4, and what `shared` computes; an expert-parallel layer has all-to-alls there.
+
+        Args: x: (T, D), or (T, l) of latent experts. Returns: the same of the experts; (T, D).
+        """
+        routed = local_dispatch(self.experts, x, routing, backend=self.backend)
+        return routed, None if shared is None else shared()
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
-        return self.dispatch(x, routing, shared), routing
+        read = x if self.latent_down is None else self.latent_down(x)  # (T, l)
+        routed, beside = self.dispatch(read, routing, shared)
+        if self.latent_up is not None:
+            routed = self.latent_up(routed)  # (T, D)
+        return routed if beside is None else routed + beside, routing
 
 
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:
@@ -92,19 +108,24 @@ def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> 
     `init_weights(std, out_std, seed_of)` of their own.
 
     Args:
-        std: of all matrices but those into the residual stream (`w2`), which get out_std.
+        std: of all matrices but those into the residual stream, which get out_std: `w2`, and of
+            latent experts `latent_up` in place of theirs.
         seed_of(name) -> torch.Generator.
     """
+    latent = getattr(layer, "latent_up", None) is not None
     own: dict[str, Any] = {
         name: module for name, module in layer.named_children() if hasattr(module, "init_weights")
     }
     with torch.no_grad():
-        for module in own.values():
-            module.init_weights(std, out_std, seed_of)
+        for child, module in own.items():
+            into_stream = not (latent and child == "experts")
+            module.init_weights(std, out_std if into_stream else std, seed_of)
         for name, parameter in layer.named_parameters():
-            if name.split(".")[0] in own:
+            child, *rest = name.split(".")
+            if child in own:
                 continue
-            scale = out_std if name.split(".")[-1] == "w2" or ".w2." in f".{name}" else std
+            into_stream = "w2" in (child, *rest) and not (latent and child == "experts")
+            scale = out_std if into_stream or child == "latent_up" else std
             if parameter.dim() < 3:
                 parameter.normal_(0, scale, generator=seed_of(name))
                 continue

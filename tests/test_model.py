@@ -4,6 +4,7 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,35 @@ def test_shared_experts_are_added_for_every_token():
     assert_equals(with_shared, layer(x, context(30))[0] + shared(x))
 
 
+@pytest.mark.parametrize("experts", [{"name": "swiglu"}, {"name": "gelu"}], ids=str)
+def test_latent_experts_are_one_more_matrix_before_and_behind_them(experts):
+    layer = moe_layer(experts=experts, latent_size=7, num_shared_experts=1)
+    weights = {name: p.detach().numpy() for name, p in layer.named_parameters()}
+    assert weights["latent_down.weight"].shape == (7, 24)
+    assert weights["latent_up.weight"].shape == (24, 7)
+    assert weights["experts.w1"].shape == (6, 14, 7) and weights["experts.w2"].shape == (6, 7, 14)
+    assert weights["shared_experts.w1.weight"].shape == (14, 24)
+    x = randn(30, 24, seed=9, dtype=torch.float64)
+    shared = layer.shared_experts(x).detach().numpy()
+    out, routing = layer(x, context(30))
+    logits = x.numpy() @ weights["router.weight"].T
+    assert_equals(routing.router_logits, torch.from_numpy(logits))
+    expected = []
+    for token, before in enumerate(x.numpy() @ weights["latent_down.weight"].T):
+        latent = np.zeros(7)
+        best = np.argsort(-logits[token])[:2]
+        shares = np.exp(logits[token, best]) / np.exp(logits[token, best]).sum()
+        for share, e in zip(shares, best, strict=True):
+            hidden = weights["experts.w1"][e] @ before
+            if experts["name"] == "swiglu":
+                hidden = hidden / (1 + np.exp(-hidden)) * (weights["experts.w3"][e] @ before)
+            else:
+                hidden = hidden * [0.5 * (1 + math.erf(h / math.sqrt(2))) for h in hidden]
+            latent += share * (weights["experts.w2"][e] @ hidden)
+        expected.append(weights["latent_up.weight"] @ latent + shared[token])
+    assert_equals(out, torch.from_numpy(np.stack(expected)))
+
+
 def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch):
     layer = moe_layer()
     x = randn(30, 24, seed=9, dtype=torch.float64)
@@ -103,7 +133,8 @@ def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch)
 
 def test_weights_are_read_only_inside_a_call_of_the_module_that_holds_them():
     # As in ZeRO-3, which gathers a module's weights before its call and frees them behind it.
-    model = tiny_model(moe={"num_shared_experts": 1}, tie_embeddings=True)
+    moe = {"num_shared_experts": 1, "latent_size": 7}
+    model = tiny_model(moe=moe, tie_embeddings=True)
     ids = tokens(2, 16)
     with torch.no_grad():
         expected = model(ids, ids, need_logits=True)
@@ -187,7 +218,8 @@ def test_weights_depend_on_seed_name_and_global_expert_id_alone():
     assert len(set(values)) == len(values)
 
 
-def test_experts_of_a_rank_are_those_of_the_whole_model():
+@pytest.mark.parametrize("moe", [{}, {"latent_size": 7}], ids=str)
+def test_experts_of_a_rank_are_those_of_the_whole_model(moe):
     class Share(MoELayer):
         first_expert = 2
 
@@ -195,23 +227,26 @@ def test_experts_of_a_rank_are_those_of_the_whole_model():
             share = config.moe.model_copy(update={"num_experts": 3})
             return super().build_experts(config.model_copy(update={"moe": share}))
 
-    whole, part = tiny_model(5), MoETransformer(tiny_config(init_std=0.3), moe_layer=Share)
+    whole = tiny_model(5, moe=moe)
+    part = MoETransformer(tiny_config(init_std=0.3, moe=moe), moe_layer=Share)
     init_weights(part, 5)
     for name, parameter in part.named_parameters():
         expected = whole.get_parameter(name)
         assert torch.equal(parameter, expected[2:5] if ".experts." in name else expected), name
 
 
-@pytest.mark.parametrize("num_layers", [2, 8])
-def test_projections_into_the_residual_stream_shrink_with_depth(num_layers):
-    model = tiny_model(
-        num_layers=num_layers, hidden_size=64, init_std=0.1, moe={"num_shared_experts": 1}
-    )
+@pytest.mark.parametrize(("num_layers", "latent"), [(2, None), (8, None), (8, 32)])
+def test_projections_into_the_residual_stream_shrink_with_depth(num_layers, latent):
+    moe = {"num_shared_experts": 1, "latent_size": latent}
+    model = tiny_model(num_layers=num_layers, hidden_size=64, init_std=0.1, moe=moe)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all()
             continue
-        into_stream = name.endswith("wo.weight") or ".w2" in name
+        into_stream = name.endswith(("wo.weight", "latent_up.weight")) or ".w2" in name
+        if latent and name.endswith(".experts.w2"):
+            # Their sum goes through latent_up, which alone is scaled.
+            into_stream = False
         expected = 0.1 / math.sqrt(2 * num_layers) if into_stream else 0.1
         # Five standard deviations of an estimate from so many values.
         error = 5 / math.sqrt(2 * parameter.numel())
@@ -240,13 +275,17 @@ def test_first_loss_is_near_log_vocabulary():
 # --- forward ---
 
 
-@pytest.mark.parametrize("feed_forward", ["moe", "dense"])
-def test_activation_checkpointing_changes_no_gradient(feed_forward):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"feed_forward": "dense"}, {"moe": {"num_shared_experts": 1, "latent_size": 7}}],
+    ids=str,
+)
+def test_activation_checkpointing_changes_no_gradient(changes):
     ids = tokens(2, 12)
     document_ids = torch.arange(12).expand(2, 12) // 5
     grads = []
     for checkpointing in (False, True):
-        model = tiny_model(feed_forward=feed_forward)
+        model = tiny_model(**changes)
         model.activation_checkpointing = checkpointing
         model(ids, ids, document_ids).loss.backward()
         grads.append([p.grad for p in model.parameters()])
@@ -263,7 +302,8 @@ def test_a_noise_generator_under_activation_checkpointing_is_refused():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "num_dense_layers": 1})
+    moe = {"num_shared_experts": 1, "num_dense_layers": 1, "latent_size": 7}
+    model = tiny_model(num_layers=3, moe=moe)
     ids = tokens(4, 16)
     model(ids, ids.roll(-1, 1)).loss.backward()
     for name, parameter in model.named_parameters():

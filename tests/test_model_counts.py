@@ -22,6 +22,10 @@ COUNTED = {
     },
     "window": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5}},
     "gated otherwise": {"moe": {"experts": {"name": "geglu"}}},
+    "latent": {
+        "num_layers": 3,
+        "moe": {"latent_size": 8, "num_shared_experts": 1, "num_dense_layers": 1},
+    },
     "no gate": {
         "num_layers": 3,
         "moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1, "num_dense_layers": 1},
@@ -37,16 +41,20 @@ def test_parameters_equal_a_hand_formula(name):
     moe, shared = config.moe, config.moe.num_shared_experts
     attention = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 2 * 6
     matrices = 2 if moe.experts.name == "relu2" else 3
-    expert = matrices * 24 * 14
+    shared_expert = matrices * 24 * 14
+    latent = moe.latent_size or 0
+    expert = matrices * (latent or 24) * 14
     total = active = 0
     for layer in range(config.num_layers):
         if config.is_moe_layer(layer):
-            own = 6 * 24 + shared * expert
+            own = 6 * 24 + shared * shared_expert + 2 * 24 * latent
             total += own + 6 * expert
             active += own + 2 * expert
         else:
-            # shared + round((2 * expert / 24 + 6) / matrices): the width of equal active FLOPs
+            # round((2 * expert / 24 + 6) / matrices): the width of equal active FLOPs
             routed = {2: 31, 3: 30}[matrices]  # 62 / 2 and 90 / 3
+            if latent:
+                routed = 17  # (2 * 3 * 8 * 14 / 24 + 6 + 2 * 8) / 3 = 50 / 3
             width = moe.dense_intermediate_size or shared * 14 + routed
             total += matrices * 24 * width
             active += matrices * 24 * width
@@ -93,6 +101,8 @@ def counted_flops(model, batch, seq_len):
         {"moe": {"experts": {"name": "geglu"}}},
         {"moe": {"experts": {"name": "gelu"}}},
         {"moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1}},
+        {"moe": {"latent_size": 24, "num_shared_experts": 1}},
+        {"moe": {"experts": {"name": "relu2"}, "latent_size": 24}},
     ],
 )
 def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
@@ -114,6 +124,7 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
         {"moe": {"experts": {"name": "gelu"}, "num_shared_experts": 1}},
         {"num_layers": 3, "moe": {"experts": {"name": "relu2"}, "num_dense_layers": 1}},
+        {"moe": {"latent_size": 16, "num_shared_experts": 1}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

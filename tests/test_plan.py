@@ -36,8 +36,9 @@ FINE = {
 }
 
 
-def experts(name: str, **settings: Any) -> dict[str, Any]:
-    return {"model.moe": WIDE["model.moe"] | {"experts": {"name": name, **settings}}}
+def experts(name: str, *, latent: bool = False, **settings: Any) -> dict[str, Any]:
+    moe = WIDE["model.moe"] | {"experts": {"name": name, **settings}}
+    return {"model.moe": moe | ({"latent_size": 24} if latent else {})}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -63,6 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
     "shared and dense with a clamp": {
         "model.moe": FINE | {"experts": {"name": "swiglu", "clamp": 1.0}}
     },
+    "latent": {"model.moe": FINE | {"latent_size": 24}},
+    "latent in bfloat16": {
+        "model.moe": FINE | {"latent_size": 24},
+        "training.precision": "bfloat16",
+    },
+    "latent, GEGLU": experts("geglu", latent=True),
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
 }
@@ -110,7 +117,8 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
 
 
 @pytest.mark.parametrize(
-    "case", ["as it is", "dense", "fine experts", "tied", "GEGLU", "shared and dense of GELU"]
+    "case",
+    ["as it is", "dense", "fine experts", "tied", "GEGLU", "shared and dense of GELU", "latent"],
 )
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.

@@ -23,7 +23,7 @@ def _kept_by_autograd(model: ModelConfig) -> int:
 
 
 def _kept_widths(model: ModelConfig) -> tuple[int, int]:
-    """Rows of (F,) and of (D,) that the experts keep for each assignment, their outputs included.
+    """Rows of (F,) and of (D,) or (l,) that experts keep for each assignment, outputs included.
 
     Those of `moe.expert_rows` keep the rows too.
     """
@@ -85,7 +85,9 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
         return kept + c * _kept_by_autograd(model) * model.dense_intermediate_size
     moe = model.moe
     inner, outer = _kept_widths(model)
-    kept += c * (inner * moe.intermediate_size + outer * model.hidden_size) * model.top_k
+    kept += c * (inner * moe.intermediate_size + outer * model.expert_hidden_size) * model.top_k
+    # What latent experts read, where they do not gather rows of it first, and their sum.
+    kept += c * (1 + hasattr(moe.experts, "save")) * (moe.latent_size or 0)
     shared_width = moe.num_shared_experts * model.shared_intermediate_size
     kept += c * _kept_by_autograd(model) * shared_width
     # The router's: its input in float32, that times the noise and the noise, logits and
@@ -102,14 +104,18 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
     if c == _FLOAT32:
         narrow = hasattr(moe.experts, "save") and moe.intermediate_size < NARROW
         stacked = model.is_moe_layer(layer) and narrow
-        return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
+        return 2 * c * model.expert_hidden_size * moe.num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    inner = model.dense_intermediate_size
-    if model.is_moe_layer(layer):
-        inner = moe.num_experts * moe.intermediate_size
-        inner += moe.num_shared_experts * model.shared_intermediate_size
     matrices = 3 if moe.experts.has_gate else 2
-    return c * model.hidden_size * (heads * model.head_dim + matrices * inner)
+    if not model.is_moe_layer(layer):
+        widths, experts = matrices * model.dense_intermediate_size, 0
+    else:
+        shared = moe.num_shared_experts * model.shared_intermediate_size
+        widths = matrices * shared + 2 * (moe.latent_size or 0)
+        experts = matrices * moe.num_experts * moe.intermediate_size
+    return c * (
+        model.hidden_size * (heads * model.head_dim + widths) + model.expert_hidden_size * experts
+    )
 
 
 def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
@@ -120,5 +126,5 @@ def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
     quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
     inner, outer = _kept_widths(model)
-    widths = inner * moe.intermediate_size + outer * model.hidden_size
+    widths = inner * moe.intermediate_size + outer * model.expert_hidden_size
     return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)
