@@ -41,16 +41,24 @@ class AttentionConfig(Section):
     window: Count | None = None
 
 
+# Numbers a token of each `shared_gate`.
+SHARED_GATE_WIDTHS = {"none": 0, "sigmoid": 1, "softmax": 2}
+
+
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
     experts: their kind, which shared experts and dense layers share. intermediate_size: inner width
     of one expert. shared_intermediate_size: inner width of one shared expert, by default that of a
-    routed one. latent_size: width l of what routed experts read and write, in place of hidden_size:
-    one matrix D -> l before the dispatch and one l -> D after it, shared by all experts; router and
-    shared experts see D (LatentMoE, arXiv 2601.18089). num_dense_layers: that many layers at the
-    bottom are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest
-    dense.
+    routed one. shared_gate: how the shared experts' sum s joins the routed experts' r: `none`,
+    r + s; `sigmoid`, r + sigmoid(w x) s with w (1, D), as in Qwen2-MoE; `softmax`, c_0 r + c_1 s
+    with c = softmax(W x), W (2, D): residual MoE, `use_residual` in DeepSpeed-MoE (arXiv
+    2201.05596), but without a bias beside W, as all linear layers here. latent_size: width l of
+    what routed experts read and write, in place of hidden_size: one matrix D -> l before the
+    dispatch and one l -> D after it, shared by all experts; router and shared experts see D
+    (LatentMoE, arXiv 2601.18089); l = D, for comparison, has the matrices and saves nothing.
+    num_dense_layers: that many layers at the bottom are dense; moe_layer_every: of the others, each
+    n-th is routed (1: all) and the rest dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor (an expert's share of T*K/E): None is dropless, the only choice so far.
     allow_non_causal: permit a router that sees later tokens.
@@ -60,6 +68,7 @@ class MoEConfig(Section):
     intermediate_size: Count = 256
     num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
+    shared_gate: Literal["none", "sigmoid", "softmax"] = "none"
     latent_size: Count | None = None
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
@@ -112,7 +121,8 @@ class ModelConfig(Section):
 
         A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
         multiplies those of its K (or mean number of) routed experts, of l in place of D with
-        latent_size, its shared ones, the D E of its router and the 2 D l around latent experts.
+        latent_size, its shared ones and the gate of these, the D E of its router and the 2 D l
+        around latent experts.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -121,7 +131,7 @@ class ModelConfig(Section):
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
         # All by D, as the router's D E is E.
-        others = moe.num_experts + 2 * (moe.latent_size or 0)
+        others = moe.num_experts + 2 * (moe.latent_size or 0) + SHARED_GATE_WIDTHS[moe.shared_gate]
         routed_by_d = routed * self.expert_hidden_size / self.hidden_size
         return shared + round((routed_by_d + others) / matrices)
 
@@ -214,6 +224,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
                 f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        if moe.shared_gate != "none" and moe.num_shared_experts == 0:
+            raise ValueError(
+                f"model.moe.shared_gate ({moe.shared_gate}) has no effect while "
+                f"model.moe.num_shared_experts is 0; remove it or add shared experts"
             )
         if moe.latent_size is not None and moe.latent_size > self.hidden_size:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 1. the router chooses K experts for each token
 2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
-5. shared experts, which every token passes, are added
+5. shared experts, which every token passes, are added, by a learned gate if there is one
 
 Latent experts (LatentMoE, arXiv 2601.18089) work in l < D dimensions: one matrix before step 2 and
 one after step 4, so that l numbers a row are sent.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from moe.dispatcher import local_dispatch
 from moe.modules import Linear
 from moe.routing import RouterContext, Routing
@@ -48,6 +48,7 @@ class MoELayer(nn.Module):
         first_expert, num_local_experts: the experts in this process, by global number; all of them
             here, a share of them in an expert-parallel subclass.
         latent_down, latent_up: D -> l and l -> D around the experts; None without a latent_size.
+        shared_gate: D -> 1 or 2 numbers that weight the shared experts; None without one.
     """
 
     first_expert = 0
@@ -70,6 +71,8 @@ class MoELayer(nn.Module):
         if moe.num_shared_experts:
             width = moe.num_shared_experts * config.shared_intermediate_size
             self.shared_experts = DenseFeedForward(config, width)
+        gate_width = SHARED_GATE_WIDTHS[moe.shared_gate]
+        self.shared_gate = Linear(hidden, gate_width) if gate_width else None
 
     def build_experts(self, config: ModelConfig) -> nn.Module:
         """All experts of the layer; an expert-parallel layer builds its own share instead."""
@@ -98,7 +101,18 @@ class MoELayer(nn.Module):
         routed, beside = self.dispatch(read, routing, shared)
         if self.latent_up is not None:
             routed = self.latent_up(routed)  # (T, D)
-        return routed if beside is None else routed + beside, routing
+        return routed if beside is None else self.add_shared(x, routed, beside), routing
+
+    def add_shared(self, x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+        """Step 5, see `shared_gate` of `moe.config.MoEConfig`; all (T, D)."""
+        if self.shared_gate is None:
+            return routed + shared
+        logits = self.shared_gate(x)  # (T, 1) or (T, 2)
+        if logits.shape[-1] == 1:
+            return routed + logits.sigmoid() * shared
+        # In the dtype of the matmuls, as in DeepSpeed: autocast would leave all in float32.
+        coefficients = logits.softmax(-1).to(logits.dtype)
+        return routed * coefficients[:, :1] + shared * coefficients[:, 1:]
 
 
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:

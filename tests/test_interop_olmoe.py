@@ -190,6 +190,13 @@ def test_a_model_that_is_no_olmoe_is_not_exported():
     assert (
         str(caught.value) == "model.attention.qk_norm (head) must be projection in an OLMoE model"
     )
+    for change, line in (
+        ({"latent_size": 8}, r"^model\.moe\.latent_size \(8\) must be None in an OLMoE model$"),
+        ({"shared_gate": "sigmoid"}, r"^model\.moe\.shared_gate \(sigmoid\) must be none in"),
+    ):
+        other = config.model_copy(update={"moe": config.moe.model_copy(update=change)})
+        with pytest.raises(ValueError, match=line):
+            state_dict_to_hf(state, other)
     state["blocks.1.feed_forward.router.expert_bias"] += 1
     with pytest.raises(ValueError, match="expert_bias is not 0"):
         state_dict_to_hf(state, config)

@@ -4,33 +4,20 @@ import math
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_equals, randn, relative_error
-from model_cases import tiny_config, tiny_model, tokens
+from model_cases import context, moe_layer, tiny_config, tiny_model, tokens
 
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
-from moe.routing import RouterContext, make_routing
+from moe.routing import make_routing
 from moe.variants import VariantConfig, load_variant, variant_names
 
+RESIDUAL_LATENT = {"num_shared_experts": 1, "shared_gate": "softmax", "latent_size": 7}
+
 # --- the expert layer ---
-
-
-def context(num_tokens):
-    return RouterContext(torch.zeros(num_tokens).long(), None, None, (1, num_tokens), False)
-
-
-def moe_layer(seed=0, **moe):
-    """One layer with weights of 0.3, in float64."""
-    layer = MoELayer(tiny_config(moe=moe)).double()
-    with torch.no_grad():
-        for n, parameter in enumerate(layer.parameters()):
-            parameter.copy_(randn(*parameter.shape, seed=seed + n) * 0.3)
-    return layer
-
 
 EXPERTS = [
     {"name": name, **settings}
@@ -94,35 +81,6 @@ def test_shared_experts_are_added_for_every_token():
     assert_equals(with_shared, layer(x, context(30))[0] + shared(x))
 
 
-@pytest.mark.parametrize("experts", [{"name": "swiglu"}, {"name": "gelu"}], ids=str)
-def test_latent_experts_are_one_more_matrix_before_and_behind_them(experts):
-    layer = moe_layer(experts=experts, latent_size=7, num_shared_experts=1)
-    weights = {name: p.detach().numpy() for name, p in layer.named_parameters()}
-    assert weights["latent_down.weight"].shape == (7, 24)
-    assert weights["latent_up.weight"].shape == (24, 7)
-    assert weights["experts.w1"].shape == (6, 14, 7) and weights["experts.w2"].shape == (6, 7, 14)
-    assert weights["shared_experts.w1.weight"].shape == (14, 24)
-    x = randn(30, 24, seed=9, dtype=torch.float64)
-    shared = layer.shared_experts(x).detach().numpy()
-    out, routing = layer(x, context(30))
-    logits = x.numpy() @ weights["router.weight"].T
-    assert_equals(routing.router_logits, torch.from_numpy(logits))
-    expected = []
-    for token, before in enumerate(x.numpy() @ weights["latent_down.weight"].T):
-        latent = np.zeros(7)
-        best = np.argsort(-logits[token])[:2]
-        shares = np.exp(logits[token, best]) / np.exp(logits[token, best]).sum()
-        for share, e in zip(shares, best, strict=True):
-            hidden = weights["experts.w1"][e] @ before
-            if experts["name"] == "swiglu":
-                hidden = hidden / (1 + np.exp(-hidden)) * (weights["experts.w3"][e] @ before)
-            else:
-                hidden = hidden * [0.5 * (1 + math.erf(h / math.sqrt(2))) for h in hidden]
-            latent += share * (weights["experts.w2"][e] @ hidden)
-        expected.append(weights["latent_up.weight"] @ latent + shared[token])
-    assert_equals(out, torch.from_numpy(np.stack(expected)))
-
-
 def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch):
     layer = moe_layer()
     x = randn(30, 24, seed=9, dtype=torch.float64)
@@ -133,8 +91,7 @@ def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch)
 
 def test_weights_are_read_only_inside_a_call_of_the_module_that_holds_them():
     # As in ZeRO-3, which gathers a module's weights before its call and frees them behind it.
-    moe = {"num_shared_experts": 1, "latent_size": 7}
-    model = tiny_model(moe=moe, tie_embeddings=True)
+    model = tiny_model(moe=RESIDUAL_LATENT, tie_embeddings=True)
     ids = tokens(2, 16)
     with torch.no_grad():
         expected = model(ids, ids, need_logits=True)
@@ -277,7 +234,7 @@ def test_first_loss_is_near_log_vocabulary():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"feed_forward": "dense"}, {"moe": {"num_shared_experts": 1, "latent_size": 7}}],
+    [{}, {"feed_forward": "dense"}, {"moe": RESIDUAL_LATENT}],
     ids=str,
 )
 def test_activation_checkpointing_changes_no_gradient(changes):
@@ -302,8 +259,7 @@ def test_a_noise_generator_under_activation_checkpointing_is_refused():
 
 
 def test_every_parameter_gets_a_gradient():
-    moe = {"num_shared_experts": 1, "num_dense_layers": 1, "latent_size": 7}
-    model = tiny_model(num_layers=3, moe=moe)
+    model = tiny_model(num_layers=3, moe=RESIDUAL_LATENT | {"num_dense_layers": 1})
     ids = tokens(4, 16)
     model(ids, ids.roll(-1, 1)).loss.backward()
     for name, parameter in model.named_parameters():

@@ -35,6 +35,8 @@ MISTAKES = {
     },
     "model.moe.shared_intermediate_size (9) has no effect while model.moe.num_shared_experts is 0; "
     "remove it or add shared experts": {"moe": {"shared_intermediate_size": 9}},
+    "model.moe.shared_gate (softmax) has no effect while model.moe.num_shared_experts is 0; remove "
+    "it or add shared experts": {"moe": {"shared_gate": "softmax"}},
     "model.moe.latent_size (25) must not exceed model.hidden_size (24): a latent that is wider "
     "holds no more and costs more; lower it, or remove it for experts of the full width": {
         "moe": {"latent_size": 25}

@@ -26,6 +26,7 @@ COUNTED = {
         "num_layers": 3,
         "moe": {"latent_size": 8, "num_shared_experts": 1, "num_dense_layers": 1},
     },
+    "residual MoE": {"moe": {"num_shared_experts": 1, "shared_gate": "softmax"}},
     "no gate": {
         "num_layers": 3,
         "moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1, "num_dense_layers": 1},
@@ -48,6 +49,7 @@ def test_parameters_equal_a_hand_formula(name):
     for layer in range(config.num_layers):
         if config.is_moe_layer(layer):
             own = 6 * 24 + shared * shared_expert + 2 * 24 * latent
+            own += 2 * 24 * (moe.shared_gate == "softmax")
             total += own + 6 * expert
             active += own + 2 * expert
         else:
@@ -101,7 +103,7 @@ def counted_flops(model, batch, seq_len):
         {"moe": {"experts": {"name": "geglu"}}},
         {"moe": {"experts": {"name": "gelu"}}},
         {"moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1}},
-        {"moe": {"latent_size": 24, "num_shared_experts": 1}},
+        {"moe": {"latent_size": 24, "num_shared_experts": 1, "shared_gate": "sigmoid"}},
         {"moe": {"experts": {"name": "relu2"}, "latent_size": 24}},
     ],
 )
@@ -124,7 +126,7 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
         {"moe": {"experts": {"name": "gelu"}, "num_shared_experts": 1}},
         {"num_layers": 3, "moe": {"experts": {"name": "relu2"}, "num_dense_layers": 1}},
-        {"moe": {"latent_size": 16, "num_shared_experts": 1}},
+        {"moe": {"latent_size": 16, "num_shared_experts": 1, "shared_gate": "softmax"}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

@@ -64,6 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
     "shared and dense with a clamp": {
         "model.moe": FINE | {"experts": {"name": "swiglu", "clamp": 1.0}}
     },
+    "sigmoid gate": {"model.moe": FINE | {"shared_gate": "sigmoid"}},
+    "residual MoE": {"model.moe": FINE | {"shared_gate": "softmax"}},
+    "residual MoE in bfloat16": {
+        "model.moe": FINE | {"shared_gate": "softmax"},
+        "training.precision": "bfloat16",
+    },
     "latent": {"model.moe": FINE | {"latent_size": 24}},
     "latent in bfloat16": {
         "model.moe": FINE | {"latent_size": 24},

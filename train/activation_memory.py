@@ -5,7 +5,7 @@ import torch
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
 from kernels.grouped_matmul import row_quantum
 from kernels.swiglu_experts_torch import NARROW
-from moe.config import ModelConfig
+from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from train.config import RunConfig
 
 _FLOAT32 = 4
@@ -86,6 +86,8 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     moe = model.moe
     inner, outer = _kept_widths(model)
     kept += c * (inner * moe.intermediate_size + outer * model.expert_hidden_size) * model.top_k
+    # What a gate multiplies: the sum of the shared experts, and that of the routed ones.
+    kept += c * SHARED_GATE_WIDTHS[moe.shared_gate] * model.hidden_size
     # What latent experts read, where they do not gather rows of it first, and their sum.
     kept += c * (1 + hasattr(moe.experts, "save")) * (moe.latent_size or 0)
     shared_width = moe.num_shared_experts * model.shared_intermediate_size

@@ -204,6 +204,7 @@ def _check_is_olmoe(config: ModelConfig) -> None:
         "attention.window": (config.attention.window, None),
         "head_dim": (config.head_dim * config.attention.num_heads, config.hidden_size),
         "moe.num_shared_experts": (config.moe.num_shared_experts, 0),
+        "moe.shared_gate": (config.moe.shared_gate, "none"),
         "moe.latent_size": (config.moe.latent_size, None),
         "moe.router.name": (config.moe.router.name, "topk"),
         "moe.router.score": (getattr(config.moe.router, "score", None), "softmax"),
