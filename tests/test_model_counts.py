@@ -26,7 +26,10 @@ COUNTED = {
         "num_layers": 3,
         "moe": {"latent_size": 8, "num_shared_experts": 1, "num_dense_layers": 1},
     },
-    "residual MoE": {"moe": {"num_shared_experts": 1, "shared_gate": "softmax"}},
+    "residual MoE": {
+        "num_layers": 3,
+        "moe": {"num_shared_experts": 1, "shared_gate": "softmax", "num_dense_layers": 1},
+    },
     "no gate": {
         "num_layers": 3,
         "moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1, "num_dense_layers": 1},
@@ -53,10 +56,9 @@ def test_parameters_equal_a_hand_formula(name):
             total += own + 6 * expert
             active += own + 2 * expert
         else:
-            # round((2 * expert / 24 + 6) / matrices): the width of equal active FLOPs
-            routed = {2: 31, 3: 30}[matrices]  # 62 / 2 and 90 / 3
-            if latent:
-                routed = 17  # (2 * 3 * 8 * 14 / 24 + 6 + 2 * 8) / 3 = 50 / 3
+            # round((2 * expert / 24 + 6 + what else there is) / matrices), of equal active FLOPs:
+            # (56 + 6) / 2, (28 + 6 + 2 * 8) / 3, (84 + 6 + 2) / 3, (84 + 6) / 3
+            routed = {"no gate": 31, "latent": 17, "residual MoE": 31}.get(name, 30)
             width = moe.dense_intermediate_size or shared * 14 + routed
             total += matrices * 24 * width
             active += matrices * 24 * width

@@ -112,6 +112,23 @@ def test_activations_are_what_pytorch_saves(case, tmp_path):
     assert plan_of(config).activation_bytes == pytest.approx(measured, rel=close)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+@pytest.mark.parametrize(
+    "change", [{"shared_gate": "sigmoid"}, {"shared_gate": "softmax"}, {"latent_size": 64}], ids=str
+)
+def test_gates_and_latents_keep_what_they_take(change, name, precision, tmp_path):
+    """By themselves: beside all else they would be lost in the tolerance."""
+    planned, measured = [], []
+    for moe in ({}, change):
+        moe = FINE | {"experts": {"name": name}} | moe
+        changes = {"model.moe": moe, "training.precision": precision}
+        config = make_config(tmp_path, WIDE | changes)
+        planned.append(plan_of(config).activation_bytes)
+        measured.append(kept_bytes(make_engine(config), config))
+    assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.1)
+
+
 def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tmp_path):
     plain = make_config(tmp_path, WIDE)
     again = make_config(tmp_path, WIDE | {"training.activation_checkpointing": True})
