@@ -173,7 +173,7 @@ def state_dict_to_hf(
     Raises:
         ValueError: if OLMoE has no place for a part of the model, a router's bias included.
     """
-    _check_is_olmoe(config)
+    check_is_olmoe(config)
     left = dict(state)
     out = {theirs: left.pop(ours) for ours, theirs in _plain_names(config).items()}
     for layer in range(config.num_layers):
@@ -198,7 +198,8 @@ def state_dict_to_hf(
     return out
 
 
-def _check_is_olmoe(config: ModelConfig) -> None:
+def check_is_olmoe(config: ModelConfig) -> None:
+    """ValueError, naming the setting, if a model has what OLMoE cannot say."""
     needed: dict[str, tuple[Any, Any]] = {
         "attention.qk_norm": (config.attention.qk_norm, "projection"),
         "attention.window": (config.attention.window, None),
