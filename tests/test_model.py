@@ -154,8 +154,9 @@ def test_a_router_may_have_no_weights_and_no_fixed_number_of_experts(monkeypatch
 
 
 def test_weights_depend_on_seed_name_and_global_expert_id_alone():
-    small, large = tiny_model(3, moe={"num_experts": 4}), tiny_model(3, moe={"num_experts": 9})
-    again, other = tiny_model(3, moe={"num_experts": 4}), tiny_model(4, moe={"num_experts": 4})
+    few, many = ({"moe": RESIDUAL_LATENT | {"num_experts": n}} for n in (4, 9))
+    small, large = tiny_model(3, **few), tiny_model(3, **many)
+    again, other = tiny_model(3, **few), tiny_model(4, **few)
     for name, parameter in small.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
         if "norm" not in name:
