@@ -3,7 +3,8 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,15 +41,26 @@ class AttentionConfig(Section):
     window: Count | None = None
 
 
+# Numbers a token of each `shared_gate`.
+SHARED_GATE_WIDTHS = {"none": 0, "sigmoid": 1, "softmax": 2}
+
+
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
-    intermediate_size: inner width of one expert. num_zero_experts, num_copy_experts and
-    num_constant_experts: further choices, which cost nothing, see `moe.zero_computation`.
-    shared_intermediate_size: inner width of one shared expert, by default that of a routed one.
-    num_dense_layers: that many layers at the bottom are dense; moe_layer_every: of the others, each
-    n-th is routed (1: all) and the rest dense. dense_intermediate_size: inner width of a dense
-    layer, by default that of equal active FLOPs.
+    experts: their kind, which shared experts and dense layers share. intermediate_size: inner width
+    of one expert. num_zero_experts, num_copy_experts and num_constant_experts: further choices,
+    which cost nothing, see `moe.zero_computation`. shared_intermediate_size: inner width of one
+    shared expert, by default that of a routed one. shared_gate: how the shared experts' sum s joins
+    the routed experts' r: `none`, r + s; `sigmoid`, r + sigmoid(w x) s with w (1, D), as in
+    Qwen2-MoE; `softmax`, c_0 r + c_1 s with c = softmax(W x), W (2, D): residual MoE,
+    `use_residual` in DeepSpeed-MoE (arXiv 2201.05596), but without a bias beside W, as all linear
+    layers here. latent_size: width l of what routed experts read and write, in place of
+    hidden_size: one matrix D -> l before the dispatch and one l -> D after it, shared by all
+    experts; router and shared experts see D (LatentMoE, arXiv 2601.18089); l = D, for comparison,
+    has the matrices and saves nothing. num_dense_layers: that many layers at the bottom are dense;
+    moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
+    dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
     is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
     drop_priority: which tokens an expert keeps, the first, the most probable or random ones.
@@ -59,6 +71,8 @@ class MoEConfig(Section):
     intermediate_size: Count = 256
     num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
+    shared_gate: Literal["none", "sigmoid", "softmax"] = "none"
+    latent_size: Count | None = None
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
@@ -123,9 +137,10 @@ class ModelConfig(Section):
     def dense_intermediate_size(self) -> int:
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
-        A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
-        the D E of its router.
+        A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
+        multiplies those of its K (or mean number of) routed experts, of l in place of D with
+        latent_size, its shared ones and the gate of these, the D E of its router and the 2 D l
+        around latent experts.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -133,12 +148,32 @@ class ModelConfig(Section):
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
-        return shared + round((routed + moe.num_choices) / 3)
+        # All by D, as the router's D E is E.
+        others = moe.num_choices + 3 * moe.num_constant_experts
+        others += 2 * (moe.latent_size or 0) + SHARED_GATE_WIDTHS[moe.shared_gate]
+        routed_by_d = routed * self.expert_hidden_size / self.hidden_size
+        return shared + round((routed_by_d + others) / matrices)
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width of what a routed expert reads and writes: D, or l of latent experts."""
+        return self.moe.latent_size or self.hidden_size
 
     @property
     def shared_intermediate_size(self) -> int:
         """Inner width of one shared expert."""
         return self.moe.shared_intermediate_size or self.moe.intermediate_size
+
+    @property
+    def activate(self) -> Callable[..., Any]:
+        """What stands between the matrices of shared experts and dense layers: as in experts."""
+        experts: Any = self.moe.experts
+        if not hasattr(experts, "activate"):
+            raise ValueError(
+                f"model.moe.experts.name ({experts.name}): its Config must have activate, which "
+                f"shared experts and dense layers use too"
+            )
+        return experts.activate
 
     @property
     def top_k(self) -> int:
@@ -220,12 +255,26 @@ class ModelConfig(Section):
                 f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
                 f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
             )
+        if moe.shared_gate != "none" and moe.num_shared_experts == 0:
+            raise ValueError(
+                f"model.moe.shared_gate ({moe.shared_gate}) has no effect while "
+                f"model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        if moe.latent_size is not None and moe.latent_size > self.hidden_size:
+            raise ValueError(
+                f"model.moe.latent_size ({moe.latent_size}) must not exceed model.hidden_size "
+                f"({self.hidden_size}): a latent that is wider holds no more and costs more; lower "
+                f"it, or remove it for experts of the full width"
+            )
         if moe.dense_intermediate_size is not None and len(self.moe_layers) == self.num_layers:
             raise ValueError(
                 f"model.moe.dense_intermediate_size ({moe.dense_intermediate_size}) has no effect "
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
+        if moe.num_shared_experts or len(self.moe_layers) < self.num_layers:
+            # Raises where the experts are of a kind that cannot be dense.
+            _ = self.activate
         if not self.causal and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "

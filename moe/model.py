@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
         if config.is_moe_layer(layer):
             self.feed_forward = moe_layer(config)
         else:
-            self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
+            self.feed_forward = DenseFeedForward(config, config.dense_intermediate_size)
 
     def forward(
         self,

@@ -204,6 +204,24 @@ def test_gradcheck_with_a_plan(name, settings, case):
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of masked rows
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_triton_gives_what_float64_gives(device, name, settings):
+    pytest.importorskip("triton")
+    counts, exact = torch.tensor([0, 3, 1, 0, 4]), build(name, settings, 5)
+    ours = build(name, settings, 5, torch.float32).to(device)
+    rows, grad = (randn(8, D, seed=seed, dtype=torch.float64) for seed in (9, 10))
+    found, wanted = [], []
+    for experts, results, backend in ((ours, found, "triton"), (exact, wanted, "torch")):
+        weight = experts.w1
+        leaf = rows.to(weight.device, weight.dtype, copy=True).requires_grad_()
+        out = experts(leaf, counts.to(weight.device), backend=backend)
+        inputs = [leaf, *experts.parameters()]
+        results += [out, *torch.autograd.grad(out, inputs, grad.to(out.device, out.dtype))]
+    for ours_found, expected in zip(found, wanted, strict=True):
+        assert_equals(ours_found, expected)
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_autocast_computes_in_bfloat16_and_gives_gradients_in_float32(name, settings):
     experts, counts = build(name, settings, 5, torch.float32), torch.tensor([0, 3, 1, 0, 4])

@@ -341,7 +341,8 @@ def test_gradient_norms_tell_router_experts_and_the_rest_apart(tmp_path):
     engine.model.head.weight.grad[0, 0] = 7.0
     assert engine.norms(gradients=True).tolist() == pytest.approx([5, 2, 7])
     assert NORM_GROUPS == ("router", "experts", "dense")
-    assert norm_group("blocks.0.feed_forward.shared_experts.w1.weight") == "dense"
+    for outside in ("shared_experts.w1", "shared_gate", "latent_down", "latent_up"):
+        assert norm_group(f"blocks.0.feed_forward.{outside}.weight") == "dense"
 
 
 def test_histograms_are_of_the_window_and_of_all_logits(logged):

@@ -218,15 +218,29 @@ def write_and_read(
     return first, states, go_on_often(ranks, jobs, text)
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_path, monkeypatch):
+# Experts without w3 in fewer dimensions, with what every token passes beside them.
+RESIDUAL_LATENT = {
+    "model.moe.experts": {"name": "relu2"},
+    "model.moe.latent_size": 6,
+    "model.moe.num_shared_experts": 1,
+    "model.moe.shared_gate": "softmax",
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, marks=pytest.mark.slow), {"model.tie_embeddings": True}, RESIDUAL_LATENT],
+    ids=("plain", "tied", "residual and latent"),
+)
+def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(model, tmp_path, monkeypatch):
     """Bit for bit, from the disk; runs that ranks began themselves."""
-    monkeypatch.setitem(STEADY, "model.tie_embeddings", tied)
+    for setting, value in model.items():
+        monkeypatch.setitem(STEADY, setting, value)
     writers = [Layout(2, 0), Layout(1, 1), Layout(2, 2), Layout(2, 3, "released")]
     written = [(tmp_path / f"run_{number}", each, 0) for number, each in enumerate(writers)]
     others = [*writers[1:], writers[0]]
     (results, _) = run_ranks(
-        2, with_tied, tied, write_and_read, [], written, others, data(), seconds=120
+        2, with_settings, model, write_and_read, [], written, others, data(), seconds=120
     )
     _, states, reread = results
     for (run_dir, _, _), state, found in zip(written, states, reread, strict=True):
@@ -237,9 +251,9 @@ def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_
         same_state(in_one_process.state, state)
 
 
-def with_tied(ranks: Ranks, tied: bool, work: Any, *args: Any) -> Any:
+def with_settings(ranks: Ranks, model: dict[str, Any], work: Any, *args: Any) -> Any:
     """`work` in a process that knows nothing of the test's own settings."""
-    STEADY["model.tie_embeddings"] = tied
+    STEADY.update(model)
     return work(ranks, *args)
 
 

@@ -90,12 +90,13 @@ def covering_cases(world: int) -> list[dict[str, Any]]:
 def other_models() -> list[dict[str, Any]]:
     """Models in which a parameter is shared, or none is an expert, and bfloat16; experts that have
     no w3, which DeepSpeed's own code names, and no fused kernel, that cost nothing, or that drop
-    tokens; two ranks."""
+    tokens; latent ones and gated shared ones; two ranks."""
     tied = {"model.tie_embeddings": True}
     dense = {"model.feed_forward": "dense", "model.moe": ...}
     half = {"training.precision": "bfloat16"}
     no_gate = {"model.moe.experts": {"name": "relu2"}}
-    gated = {"model.moe.experts": {"name": "geglu"}}
+    gated = {"model.moe.experts": {"name": "geglu"}, "model.moe.shared_gate": "sigmoid"}
+    latent = {"model.moe.latent_size": 6, "model.moe.shared_gate": "softmax"}
     bounded = {"model.moe.capacity_factor": 0.8}
     costless = {f"model.moe.num_{kind}_experts": 1 for kind in ("zero", "copy", "constant")}
     return [
@@ -104,7 +105,9 @@ def other_models() -> list[dict[str, Any]]:
             (tied, 2, (0, 1, 2, 3)),
             (dense, 1, (0, 3)),
             (half, 2, (0, 1, 2, 3)),
-            (no_gate, 2, (0, 1, 2, 3)),
+            (no_gate, 2, (0, 2)),
+            (no_gate | latent, 2, (1, 3)),
+            (latent, 2, (0, 1, 2, 3)),
             (gated, 2, (3,)),
             (costless, 2, (1, 3)),
             (bounded, 2, (1,)),
