@@ -5,7 +5,7 @@
 
     position      the tokens' order in the batch; no later token plays a part
     probability   falling probability of the router, ties to the earlier token
-    random        a random order in training, a fresh one at each step
+    random        a random order, a fresh one at each step
 
 A dropped assignment adds nothing: its token keeps its other experts, unweighted by the loss, and
 its place in the residual stream. Counts for balance are the router's own choices, before the drop.
@@ -21,7 +21,7 @@ later tokens want the same expert. Sources: capacity factor, by position: Switch
 import torch
 from torch import Tensor
 
-from moe.routing import RouterContext, Routing, assignments_per_expert
+from moe.routing import RouterContext, Routing, assignments_per_expert, noise_like
 
 
 def limit_to_capacity(
@@ -38,7 +38,7 @@ def limit_to_capacity(
     Args:
         factor: an expert's capacity over the mean assignments of an expert.
         priority: `position`, `probability` or `random`.
-        context: of the same tokens; its generator draws the random order.
+        context: of the same tokens; the random order is its noise.
         num_bounded: experts behind so many have no bound; None: all have one.
     """
     chosen = routing.topk_indices
@@ -69,8 +69,9 @@ def _rank_in_expert(routing: Routing, priority: str, context: RouterContext) -> 
         probs = routing.router_probs.detach().gather(-1, chosen.clamp(min=0))
         order = probs.reshape(-1).sort(descending=True, stable=True).indices
     elif priority == "random":
-        numbers = torch.rand(expert.shape, generator=context.generator, device=expert.device)
-        order = numbers.sort(stable=True).indices
+        # A stream of its own: a router's noise must not decide who is dropped.
+        numbers = noise_like(routing.topk_weights.detach(), context, Tensor.uniform_, stream=1)
+        order = numbers.reshape(-1).sort(stable=True).indices
     # By expert, and within an expert in that order.
     order = order[expert[order].sort(stable=True).indices]
     ordered = expert[order]

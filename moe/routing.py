@@ -39,10 +39,13 @@ class RouterContext(NamedTuple):
     noise_seeds: Tensor | None = None
 
 
-def noise_like(x: Tensor, context: RouterContext, fill: Callable[..., Tensor]) -> Tensor:
+def noise_like(
+    x: Tensor, context: RouterContext, fill: Callable[..., Tensor], *, stream: int = 0
+) -> Tensor:
     """Random numbers of the shape (T, n), dtype and device of `x`, as the context wants them drawn.
 
-    Args: fill: `Tensor.uniform_` or `Tensor.normal_`.
+    Args: fill: `Tensor.uniform_` or `Tensor.normal_`. stream: another one for each use in a layer,
+        from 0: noise of the same sequence and stream is the same.
     """
     noise = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if context.noise_seeds is None:
@@ -50,7 +53,9 @@ def noise_like(x: Tensor, context: RouterContext, fill: Callable[..., Tensor]) -
     generator = torch.Generator(x.device)
     sequences = noise.view(*context.batch_shape, x.shape[-1])  # (B, S, n)
     for seed, rows in zip(context.noise_seeds.tolist(), sequences, strict=True):
-        generator.manual_seed((seed + context.layer * LAYER_STEP) % 2**63)
+        # Below 2^32: PyTorch's generator of the CPU reads no more of a seed.
+        place = context.layer + (stream << 16)
+        generator.manual_seed((seed + place * LAYER_STEP) % 2**63)
         fill(rows, generator=generator)
     return noise
 

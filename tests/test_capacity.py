@@ -17,7 +17,7 @@ from training_cases import make_config, make_engine, micro_batches
 from moe.capacity import limit_to_capacity
 from moe.losses import LossContext
 from moe.losses.load_balancing import Config, loss
-from moe.routing import RouterContext, make_routing
+from moe.routing import RouterContext, make_routing, noise_like
 from train.scalars import load_measures
 from train.step import train_step
 
@@ -137,6 +137,25 @@ def test_a_random_order_is_another_one_for_each_seed_and_the_same_for_one():
     expected = kept.mean()
     # Five standard deviations of a binomial.
     assert np.abs(kept - expected).max() < 5 * math.sqrt(expected * (1 - expected / 400))
+
+
+def test_a_random_order_follows_from_the_sequences_and_not_from_the_routers_noise():
+    made = routing(hot=2.0)
+
+    def dropped(seeds, layer=0):
+        here = context()._replace(noise_seeds=torch.tensor(seeds), layer=layer)
+        return pairs_of(limit_to_capacity(made, 1.0, "random", here))
+
+    assert dropped([1, 2, 3, 4]) == dropped([1, 2, 3, 4])
+    assert dropped([1, 2, 3, 4]) != dropped([1, 2, 3, 5])
+    assert dropped([1, 2, 3, 4]) != dropped([1, 2, 3, 4], layer=1)
+    here = context()._replace(noise_seeds=torch.tensor([1, 2, 3, 4]))
+    first, second = (
+        noise_like(made.topk_weights, here, torch.Tensor.uniform_, stream=stream)
+        for stream in (0, 1)
+    )
+    together = torch.stack([first.flatten(), second.flatten()])
+    assert not torch.equal(first, second) and torch.corrcoef(together)[0, 1].abs() < 0.3
 
 
 def test_no_value_goes_to_the_host():
