@@ -74,4 +74,7 @@ def test_two_ranks_take_with_each_router_the_step_of_one_process():
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "stage"), [(1, 0), (1, 2), (2, 3)])
 def test_two_ranks_take_with_every_example_the_step_of_one_process(size, stage):
-    check_routers([rank_case(name, settings, size, stage) for name, settings in cases()])
+    changes = [rank_case(name, settings, size, stage) for name, settings in cases()]
+    # In groups that end before their ranks count as standing still and write their stacks.
+    for start in range(0, len(changes), 10):
+        check_routers(changes[start : start + 10])
