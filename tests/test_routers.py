@@ -101,6 +101,12 @@ def test_bias_chooses_but_does_not_weigh():
         grads += [weights, router.weight.grad]
     assert torch.equal(grads[0], grads[2])
     assert torch.equal(grads[1], grads[3])
+    # With a rate of 0 it stays as it is, and in use, as at the end of DeepSeek-V3's training.
+    kept = build("topk", {"top_k": 2, "score": "sigmoid", "bias_update_rate": 0})
+    kept.expert_bias[4] = 10
+    kept.after_step(torch.tensor([10, 0, 30, 11, 9, 0]))
+    assert kept.expert_bias.tolist() == [0, 0, 0, 0, 10, 0]
+    assert (kept(x, context()).topk_indices[:, 0] == 4).all()
     # Without a rate the bias plays no part.
     plain.expert_bias[4] = 10
     assert not (plain(x, context()).topk_indices[:, 0] == 4).all()

@@ -25,7 +25,7 @@ CHANGES = {
     "training.steps": 4,
     "training.micro_batch_size": None,
     "evaluation.every": 2,
-    "model.moe.router.bias_update_rate": 0,
+    "model.moe.router.bias_update_rate": None,
 }
 ARMS = {
     "top2": {},

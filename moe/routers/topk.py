@@ -39,7 +39,8 @@ EXAMPLES = (
 
 class Config(VariantConfig):
     """top_k experts a token; scale of the weights; logit_bias: whether logits have a learned bias;
-    jitter 0 is none; num_groups None is no limit; bias_update_rate 0 is no loss-free bias."""
+    jitter 0 is none; num_groups None is no limit; bias_update_rate None is no loss-free bias, and 0
+    leaves the bias where training has moved it."""
 
     name: Literal["topk"] = "topk"
     top_k: Count = 2
@@ -50,7 +51,7 @@ class Config(VariantConfig):
     jitter: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     num_groups: Count | None = None
     groups_per_token: Count | None = None
-    bias_update_rate: Annotated[Real, Field(ge=0)] = 0.0
+    bias_update_rate: Annotated[Real, Field(ge=0)] | None = None
     bias_centered: bool = False
 
     @model_validator(mode="after")
@@ -63,7 +64,8 @@ class Config(VariantConfig):
             )
         if self.bias_centered and not self.bias_update_rate:
             raise ValueError(
-                "bias_centered (True) has no effect while bias_update_rate is 0; set a rate"
+                f"bias_centered (True) has no effect while bias_update_rate is "
+                f"{self.bias_update_rate}; set a rate"
             )
         return self
 
@@ -96,7 +98,7 @@ class Router(LinearRouter):
     @property
     def selection_bias(self) -> Tensor | None:
         """(E,) added to the scores for the choice, None where nothing is."""
-        return self.expert_bias if self.config.bias_update_rate > 0 else None
+        return None if self.config.bias_update_rate is None else self.expert_bias
 
     def init_weights(
         self, std: float, out_std: float, seed_of: Callable[[str], torch.Generator]
@@ -133,7 +135,7 @@ class Router(LinearRouter):
 
         Args: tokens_per_expert: (E,) counts summed over ranks and accumulation steps.
         """
-        if self.config.bias_update_rate > 0:
+        if self.config.bias_update_rate:
             load = tokens_per_expert.float()
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
             if self.config.bias_centered:
