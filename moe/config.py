@@ -3,7 +3,8 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,6 +41,24 @@ class AttentionConfig(Section):
     window: Count | None = None
 
 
+class LayerOverride(Section):
+    """What some routed layers have in place of what `model.moe` says of all.
+
+    layers: numbers of their blocks, from 0. num_experts, intermediate_size, router (whole, with its
+    top_k): as in `model.moe`; None where they do not differ.
+    """
+
+    layers: Annotated[tuple[Natural, ...], Field(min_length=1)]
+    num_experts: Count | None = None
+    intermediate_size: Count | None = None
+    router: RouterConfig | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it sets, by the name in `model.moe`."""
+        return {name: value for name, value in self if name != "layers" and value is not None}
+
+
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
@@ -50,7 +69,8 @@ class MoEConfig(Section):
     capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
     is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
     drop_priority: which tokens an expert keeps, the first, the most probable or random ones.
-    allow_non_causal: permit a router that sees later tokens.
+    allow_non_causal: permit a router that sees later tokens. layers: where routed layers differ
+    from each other.
     """
 
     num_experts: Count = 8
@@ -69,6 +89,7 @@ class MoEConfig(Section):
     losses: tuple[LossConfig, ...] = Field(
         default=({"name": "load_balancing"}, {"name": "router_z_loss"}), validate_default=True
     )
+    layers: tuple[LayerOverride, ...] = ()
 
 
 class ModelConfig(Section):
@@ -110,11 +131,14 @@ class ModelConfig(Section):
 
         A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
         of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
-        the D E of its router.
+        the D E of its router. Where routed layers differ, the mean over them.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
             return moe.dense_intermediate_size
+        if moe.layers:
+            widths = [config.dense_intermediate_size for config in self._routed_configs]
+            return round(sum(widths) / len(widths))
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
@@ -127,25 +151,71 @@ class ModelConfig(Section):
 
     @property
     def top_k(self) -> int:
-        """K, the router's; E where it sets no bound."""
-        if not hasattr(self.moe.router, "top_k"):
-            raise ValueError(
-                f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
-                f"number of columns of its Routing, or None for model.moe.num_experts"
-            )
-        top_k = self.moe.router.top_k
-        return self.moe.num_experts if top_k is None else top_k
+        """K, the router's; E where it sets no bound; the largest of any layer."""
+        if self.moe.layers:
+            return max(config.top_k for config in self._routed_configs)
+        return _top_k(self.moe)
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over tokens: K, or what the router says where the number varies."""
+        """The mean over tokens: K, or what the router says where the number varies. Of one layer:
+        where layers differ, ask the config of each (`at`)."""
+        assert not self.moe.layers
         return getattr(self.moe.router, "experts_per_token", self.top_k)
+
+    @property
+    def num_experts(self) -> int:
+        """E, the largest of any layer."""
+        return max(config.moe.num_experts for config in self._routed_configs)
+
+    @property
+    def experts_of_layers(self) -> tuple[int, ...]:
+        """E of each routed layer."""
+        return tuple(self.at(layer).moe.num_experts for layer in self.moe_layers)
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The config with `moe` as the routed block number `layer` has it: what that block is built
+        from, and asked where layers may differ. This very one where they do not."""
+        if not self.moe.layers or not self._is_routed(layer):
+            return self
+        override = self._override(layer)
+        settings = {} if override is None else self.moe.layers[override].settings
+        return self.model_copy(
+            update={"moe": self.moe.model_copy(update={**settings, "layers": ()})}
+        )
+
+    def setting(self, name: str, layer: int) -> str:
+        """Where the config says `name` (such as num_experts) of the routed block number `layer`."""
+        override = self._override(layer)
+        if override is None or name not in self.moe.layers[override].settings:
+            return f"model.moe.{name}"
+        return f"model.moe.layers.{override}.{name}"
+
+    def _renamed(self, text: str, layer: int) -> str:
+        """A check's text on what `at` gives, with the settings by their place in this config."""
+        names = r"\bmodel\.moe\.(num_experts|intermediate_size|router)\b"
+        return re.sub(names, lambda match: self.setting(match[1], layer), text)
+
+    def _override(self, layer: int) -> int | None:
+        """Place in `moe.layers` of what a block has for itself."""
+        places = (place for place, each in enumerate(self.moe.layers) if layer in each.layers)
+        return next(places, None)
+
+    @property
+    def _routed_configs(self) -> tuple["ModelConfig", ...]:
+        """`at` of each layer that is routed, or is not as `feed_forward` is dense; this config
+        alone where layers do not differ."""
+        if not self.moe.layers:
+            return (self,)
+        return tuple(self.at(layer) for layer in range(self.num_layers) if self._is_routed(layer))
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
-        if self.feed_forward == "dense" or layer < self.moe.num_dense_layers:
-            return False
-        return (layer - self.moe.num_dense_layers + 1) % self.moe.moe_layer_every == 0
+        return self.feed_forward == "moe" and self._is_routed(layer)
+
+    def _is_routed(self, layer: int) -> bool:
+        above = layer - self.moe.num_dense_layers
+        return above >= 0 and (above + 1) % self.moe.moe_layer_every == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -175,13 +245,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self):
         moe = self.moe
-        # First: it names the router's own setting, which need not be top_k.
-        moe.router.check_experts(moe.num_experts)
-        if self.top_k > moe.num_experts:
-            raise ValueError(
-                f"model.moe.router.top_k ({self.top_k}) must not exceed "
-                f"model.moe.num_experts ({moe.num_experts})"
-            )
+        _check_router(moe)
         if self.feed_forward == "moe" and not self.moe_layers:
             raise ValueError(
                 f"model.moe.num_dense_layers ({moe.num_dense_layers}) and "
@@ -200,18 +264,48 @@ class ModelConfig(Section):
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
-        router = load_variant("routers", moe.router.name).Router
-        if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
-            raise ValueError(
-                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
-                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
-            )
         if moe.drop_priority != "position":
             self._check_drop_priority()
         names = [loss.name for loss in moe.losses]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model.moe.losses names {name} twice; keep one line")
+        return self
+
+    @model_validator(mode="after")
+    def _overrides_fit(self):
+        seen: set[int] = set()
+        for place, override in enumerate(self.moe.layers):
+            entry = f"model.moe.layers.{place}"
+            for layer in override.layers:
+                if layer >= self.num_layers or not self._is_routed(layer):
+                    routed = [n for n in range(self.num_layers) if self._is_routed(n)]
+                    raise ValueError(
+                        f"{entry}.layers ({layer}) must be a block with routed experts; there are: "
+                        f"{', '.join(map(str, routed)) or 'none'}"
+                    )
+                if layer in seen:
+                    raise ValueError(
+                        f"{entry}.layers ({layer}) names a block for the second time; keep one"
+                    )
+                seen.add(layer)
+            if not override.settings:
+                raise ValueError(
+                    f"{entry} has no effect: it sets none of num_experts, intermediate_size and "
+                    f"router; remove it"
+                )
+            for name, value in override.settings.items():
+                if value == getattr(self.moe, name):
+                    shown = f" ({value})" if isinstance(value, int) else ""
+                    raise ValueError(
+                        f"{entry}.{name}{shown} has no effect: model.moe.{name} is the same; "
+                        f"remove it"
+                    )
+            try:
+                _check_router(self.at(override.layers[0]).moe)
+            except ValueError as error:
+                # A router knows its settings by their place in `model.moe`.
+                raise ValueError(self._renamed(str(error), override.layers[0])) from error
         return self
 
     def _check_drop_priority(self) -> None:
@@ -234,6 +328,32 @@ class ModelConfig(Section):
                 f"model.moe.drop_priority (random) would make evaluation random; leave it out, "
                 f"or take position or probability"
             )
+
+
+def _top_k(moe: MoEConfig) -> int:
+    if not hasattr(moe.router, "top_k"):
+        raise ValueError(
+            f"model.moe.router.name ({moe.router.name}): its Config must have top_k, the number of "
+            f"columns of its Routing, or None for model.moe.num_experts"
+        )
+    return moe.num_experts if moe.router.top_k is None else moe.router.top_k
+
+
+def _check_router(moe: MoEConfig) -> None:
+    """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
+    # First: it names the router's own setting, which need not be top_k.
+    moe.router.check_experts(moe.num_experts)
+    if _top_k(moe) > moe.num_experts:
+        raise ValueError(
+            f"model.moe.router.top_k ({_top_k(moe)}) must not exceed "
+            f"model.moe.num_experts ({moe.num_experts})"
+        )
+    router = load_variant("routers", moe.router.name).Router
+    if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
+        raise ValueError(
+            f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which spoils "
+            f"language modelling; set model.moe.allow_non_causal: true to use it anyway"
+        )
 
 
 def dense_equivalent(config: ModelConfig) -> ModelConfig:

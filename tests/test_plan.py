@@ -40,6 +40,22 @@ def experts(name: str, **settings: Any) -> dict[str, Any]:
     return {"model.moe": WIDE["model.moe"] | {"experts": {"name": name, **settings}}}
 
 
+# The last one is hashed; the first dense one has the width of the mean of the others.
+LAYERS = {
+    "model.moe": {
+        **WIDE["model.moe"],
+        "num_dense_layers": 1,
+        "layers": [
+            {
+                "layers": [2],
+                "num_experts": 12,
+                "intermediate_size": 48,
+                "router": {"name": "hash", "top_k": 3},
+            }
+        ],
+    }
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "bfloat16": {"training.precision": "bfloat16"},
@@ -60,6 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
     "GELU": experts("gelu"),
     "squared ReLU": experts("relu2"),
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
+    "layers that differ": LAYERS,
+    "layers that differ in bfloat16": LAYERS | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
 }
 
@@ -105,7 +123,9 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
     assert kept + one_block < 0.5 * without
 
 
-@pytest.mark.parametrize("case", ["as it is", "dense", "fine experts", "tied", "GEGLU", "GELU"])
+@pytest.mark.parametrize(
+    "case", ["as it is", "dense", "fine experts", "layers that differ", "tied", "GEGLU"]
+)
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.
     config = make_config(tmp_path, WIDE | CASES[case] | {"training.seq_len": 4})

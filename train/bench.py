@@ -79,6 +79,11 @@ def transformers() -> Any:
 
 def bench_model(config: RunConfig) -> ModelConfig:
     """The config's model with what OLMoE also has: projection norms, plain softmax weights."""
+    if config.model.moe.layers:
+        raise ConfigError(
+            "model.moe.layers: OLMoE, which this benchmark compares with, has the same experts in "
+            "all layers; leave it out"
+        )
     model = with_vocab_size(config.model, config.tokenizer.vocab_size)
     attention = model.attention.model_copy(update={"qk_norm": "projection"})
     router = model.moe.router.model_copy(update={"normalize": False})

@@ -208,6 +208,7 @@ def _check_is_olmoe(config: ModelConfig) -> None:
         "moe.router.score": (getattr(config.moe.router, "score", None), "softmax"),
         "moe.experts.name": (config.moe.experts.name, "swiglu"),
         "moe.experts.clamp": (getattr(config.moe.experts, "clamp", None), None),
+        "moe.layers": (config.moe.layers, ()),
         "routed layers": (len(config.moe_layers), config.num_layers),
     }
     for name, (found, wanted) in needed.items():
