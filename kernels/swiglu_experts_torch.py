@@ -155,14 +155,14 @@ def _up_projection(x: Tensor, stacks: list[tuple[Tensor, ...]], group: _Group, h
         _multiply(group, x, matrices, part)
 
 
-def _gate_and_up(h: Tensor) -> tuple[Tensor, ...]:
+def _gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
     """Views (n, F) of H, whichever way it is laid out."""
-    return h.unbind(0) if h.shape[0] == 2 else h[0].chunk(2, -1)
+    gate, up = h.unbind(0) if h.shape[0] == 2 else h[0].chunk(2, -1)
+    return gate, up
 
 
-def _clamped(h: Tensor, clamp: float | None) -> tuple[Tensor, ...]:
-    """gate and up after the clamp, each (n, F), from H of these rows."""
-    gate, up = _gate_and_up(h)
+def clamped(gate: Tensor, up: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
+    """min(gate, clamp) and clip(up, -clamp, clamp), of equal shapes; None for no clamp."""
     return (gate, up) if clamp is None else (gate.clamp(max=clamp), up.clamp(-clamp, clamp))
 
 
@@ -183,7 +183,7 @@ def _forward_rows(
         rows = group.rows
         part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
         _up_projection(x_rows.of(group), up_matrices, group, part)
-        gate, up = _clamped(part, options.clamp)
+        gate, up = clamped(*_gate_and_up(part), options.clamp)
         _multiply(group, F.silu(gate).mul_(up), down, y[rows])
     return y, h
 
@@ -230,7 +230,7 @@ def _backward_rows(
             _up_projection(x, up_transposed, group, h)
         else:
             h = kept.h[:, rows]
-        gate, up = _clamped(h, options.clamp)
+        gate, up = clamped(*_gate_and_up(h), options.clamp)
         activated = F.silu(gate)
         a = activated * up  # (n, F)
         grad_a = torch.empty_like(a)

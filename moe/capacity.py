@@ -25,7 +25,12 @@ from moe.routing import RouterContext, Routing, assignments_per_expert
 
 
 def limit_to_capacity(
-    routing: Routing, factor: float, priority: str, context: RouterContext
+    routing: Routing,
+    factor: float,
+    priority: str,
+    context: RouterContext,
+    *,
+    num_bounded: int | None = None,
 ) -> Routing:
     """The Routing without the assignments beyond each expert's capacity; without a value on the
     host.
@@ -34,6 +39,7 @@ def limit_to_capacity(
         factor: an expert's capacity over the mean assignments of an expert.
         priority: `position`, `probability` or `random`.
         context: of the same tokens; its generator draws the random order.
+        num_bounded: experts behind so many have no bound; None: all have one.
     """
     chosen = routing.topk_indices
     num_experts = routing.router_logits.shape[-1]
@@ -41,7 +47,8 @@ def limit_to_capacity(
     made = routing.tokens_per_expert.sum().double()
     # A hair less: the product of 1.1 and 10 is above 11 in binary.
     capacity = (factor * made / num_experts * (1 - 1e-12)).ceil().long()
-    dropped = (rank >= capacity) & (chosen >= 0)  # (T, K)
+    bounded = (chosen >= 0) & (chosen < (num_experts if num_bounded is None else num_bounded))
+    dropped = bounded & (rank >= capacity)  # (T, K)
     kept = chosen.masked_fill(dropped, -1)
     tokens_per_expert = assignments_per_expert(kept, num_experts)
     return routing._replace(

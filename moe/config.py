@@ -4,10 +4,12 @@ Defaults live here alone; a YAML lists only what differs from them.
 """
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from moe.layer_overrides import LayerOverride, check_overrides
 from moe.variants import (
     Count,
     ExpertsConfig,
@@ -15,14 +17,9 @@ from moe.variants import (
     Natural,
     Real,
     RouterConfig,
+    Section,
     load_variant,
 )
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AttentionConfig(Section):
@@ -41,30 +38,25 @@ class AttentionConfig(Section):
     window: Count | None = None
 
 
-class LayerOverride(Section):
-    """What some routed layers have in place of what `model.moe` says of all.
-
-    layers: numbers of their blocks, from 0. num_experts, intermediate_size, router (whole, with its
-    top_k): as in `model.moe`; None where they do not differ.
-    """
-
-    layers: Annotated[tuple[Natural, ...], Field(min_length=1)]
-    num_experts: Count | None = None
-    intermediate_size: Count | None = None
-    router: RouterConfig | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What it sets, by the name in `model.moe`."""
-        return {name: value for name, value in self if name != "layers" and value is not None}
+# Numbers a token of each `shared_gate`.
+SHARED_GATE_WIDTHS = {"none": 0, "sigmoid": 1, "softmax": 2}
 
 
 class MoEConfig(Section):
     """The routed feed-forward layer.
 
-    intermediate_size: inner width of one expert. shared_intermediate_size: inner width of one
-    shared expert, by default that of a routed one. num_dense_layers: that many layers at the bottom
-    are dense; moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
+    experts: their kind, which shared experts and dense layers share. intermediate_size: inner width
+    of one expert. num_zero_experts, num_copy_experts and num_constant_experts: further choices,
+    which cost nothing, see `moe.zero_computation`. shared_intermediate_size: inner width of one
+    shared expert, by default that of a routed one. shared_gate: how the shared experts' sum s joins
+    the routed experts' r: `none`, r + s; `sigmoid`, r + sigmoid(w x) s with w (1, D), as in
+    Qwen2-MoE; `softmax`, c_0 r + c_1 s with c = softmax(W x), W (2, D): residual MoE,
+    `use_residual` in DeepSpeed-MoE (arXiv 2201.05596), but without a bias beside W, as all linear
+    layers here. latent_size: width l of what routed experts read and write, in place of
+    hidden_size: one matrix D -> l before the dispatch and one l -> D after it, shared by all
+    experts; router and shared experts see D (LatentMoE, arXiv 2601.18089); l = D, for comparison,
+    has the matrices and saves nothing. num_dense_layers: that many layers at the bottom are dense;
+    moe_layer_every: of the others, each n-th is routed (1: all) and the rest dense.
     dense_intermediate_size: inner width of a dense layer, by default that of equal active FLOPs.
     capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
     is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
@@ -77,9 +69,14 @@ class MoEConfig(Section):
     intermediate_size: Count = 256
     num_shared_experts: Natural = 0
     shared_intermediate_size: Count | None = None
+    shared_gate: Literal["none", "sigmoid", "softmax"] = "none"
+    latent_size: Count | None = None
     moe_layer_every: Count = 1
     num_dense_layers: Natural = 0
     dense_intermediate_size: Count | None = None
+    num_zero_experts: Natural = 0
+    num_copy_experts: Natural = 0
+    num_constant_experts: Natural = 0
     capacity_factor: Annotated[Real, Field(gt=0)] | None = None
     eval_capacity_factor: Annotated[Real, Field(gt=0)] | None = None
     drop_priority: Literal["position", "probability", "random"] = "position"
@@ -90,6 +87,16 @@ class MoEConfig(Section):
         default=({"name": "load_balancing"}, {"name": "router_z_loss"}), validate_default=True
     )
     layers: tuple[LayerOverride, ...] = ()
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among: experts, and those that cost nothing behind them."""
+        return self.num_experts + sum(self.zero_computation)
+
+    @property
+    def zero_computation(self) -> tuple[int, int, int]:
+        """Numbers of zero, copy and constant experts."""
+        return self.num_zero_experts, self.num_copy_experts, self.num_constant_experts
 
 
 class ModelConfig(Section):
@@ -129,9 +136,10 @@ class ModelConfig(Section):
     def dense_intermediate_size(self) -> int:
         """Inner width of a dense layer; by default its FLOPs are the active ones of a routed layer.
 
-        A SwiGLU layer of width F multiplies 3 D F weights a token; a routed layer multiplies those
-        of its K (or mean number of) routed experts (2 D F each without a gate), its shared ones and
-        the D E of its router. Where routed layers differ, the mean over them.
+        A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
+        multiplies those of its K (or mean number of) routed experts, of l in place of D with
+        latent_size, its shared ones and the gate of these, the D E of its router and the 2 D l
+        around latent experts. Where routed layers differ, the mean over them.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -142,7 +150,16 @@ class ModelConfig(Section):
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
-        return shared + round((routed + moe.num_experts) / 3)
+        # All by D, as the router's D E is E.
+        others = moe.num_choices + 3 * moe.num_constant_experts
+        others += 2 * (moe.latent_size or 0) + SHARED_GATE_WIDTHS[moe.shared_gate]
+        routed_by_d = routed * self.expert_hidden_size / self.hidden_size
+        return shared + round((routed_by_d + others) / matrices)
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width of what a routed expert reads and writes: D, or l of latent experts."""
+        return self.moe.latent_size or self.hidden_size
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -150,28 +167,70 @@ class ModelConfig(Section):
         return self.moe.shared_intermediate_size or self.moe.intermediate_size
 
     @property
+    def activate(self) -> Callable[..., Any]:
+        """What stands between the matrices of shared experts and dense layers: as in experts."""
+        experts: Any = self.moe.experts
+        if not hasattr(experts, "activate"):
+            raise ValueError(
+                f"model.moe.experts.name ({experts.name}): its Config must have activate, which "
+                f"shared experts and dense layers use too"
+            )
+        return experts.activate
+
+    @property
     def top_k(self) -> int:
-        """K, the router's; E where it sets no bound; the largest of any layer."""
+        """K, the router's; all its choices where it sets no bound; the largest of any layer."""
         if self.moe.layers:
             return max(config.top_k for config in self._routed_configs)
-        return _top_k(self.moe)
+        if not hasattr(self.moe.router, "top_k"):
+            raise ValueError(
+                f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
+                f"number of columns of its Routing, or None for model.moe.num_experts"
+            )
+        top_k = self.moe.router.top_k
+        return self.moe.num_choices if top_k is None else top_k
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over tokens: K, or what the router says where the number varies. Of one layer:
-        where layers differ, ask the config of each (`at`)."""
-        assert not self.moe.layers
-        return getattr(self.moe.router, "experts_per_token", self.top_k)
+        """The mean over tokens: K, or what the router says where the number varies. Experts that
+        cost nothing do not count: with them, the mean where all choices are equally frequent. Where
+        layers differ, the mean over them."""
+        if self.moe.layers:
+            means = [config.experts_per_token for config in self._routed_configs]
+            return sum(means) / len(means)
+        chosen = getattr(self.moe.router, "experts_per_token", self.top_k)
+        return chosen * self.moe.num_experts / self.moe.num_choices
 
     @property
-    def num_experts(self) -> int:
-        """E, the largest of any layer."""
-        return max(config.moe.num_experts for config in self._routed_configs)
+    def causal(self) -> bool:
+        """Whether no token's experts depend on later tokens, in training too."""
+        if self.moe.layers:
+            return all(config.causal for config in self._routed_configs)
+        router = self.moe.router
+        return not self.moe_layers or (
+            load_variant("routers", router.name).Router.causal and router.causal
+        )
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among: E and the experts that cost nothing; the most of any
+        layer."""
+        return max(config.moe.num_choices for config in self._routed_configs)
+
+    @property
+    def choices_of_layers(self) -> tuple[int, ...]:
+        """What the router of each routed layer chooses among."""
+        return tuple(self.at(layer).moe.num_choices for layer in self.moe_layers)
 
     @property
     def experts_of_layers(self) -> tuple[int, ...]:
         """E of each routed layer."""
         return tuple(self.at(layer).moe.num_experts for layer in self.moe_layers)
+
+    @property
+    def top_k_of_layers(self) -> tuple[int, ...]:
+        """K of each routed layer."""
+        return tuple(self.at(layer).top_k for layer in self.moe_layers)
 
     def at(self, layer: int) -> "ModelConfig":
         """The config with `moe` as the routed block number `layer` has it: what that block is built
@@ -180,9 +239,10 @@ class ModelConfig(Section):
             return self
         override = self._override(layer)
         settings = {} if override is None else self.moe.layers[override].settings
-        return self.model_copy(
-            update={"moe": self.moe.model_copy(update={**settings, "layers": ()})}
-        )
+        return self._with_moe(**settings, layers=())
+
+    def _with_moe(self, **settings: Any) -> "ModelConfig":
+        return self.model_copy(update={"moe": self.moe.model_copy(update=settings)})
 
     def setting(self, name: str, layer: int) -> str:
         """Where the config says `name` (such as num_experts) of the routed block number `layer`."""
@@ -190,11 +250,6 @@ class ModelConfig(Section):
         if override is None or name not in self.moe.layers[override].settings:
             return f"model.moe.{name}"
         return f"model.moe.layers.{override}.{name}"
-
-    def _renamed(self, text: str, layer: int) -> str:
-        """A check's text on what `at` gives, with the settings by their place in this config."""
-        names = r"\bmodel\.moe\.(num_experts|intermediate_size|router)\b"
-        return re.sub(names, lambda match: self.setting(match[1], layer), text)
 
     def _override(self, layer: int) -> int | None:
         """Place in `moe.layers` of what a block has for itself."""
@@ -245,7 +300,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self):
         moe = self.moe
-        _check_router(moe)
+        self._with_moe(layers=())._check_router()
         if self.feed_forward == "moe" and not self.moe_layers:
             raise ValueError(
                 f"model.moe.num_dense_layers ({moe.num_dense_layers}) and "
@@ -258,12 +313,26 @@ class ModelConfig(Section):
                 f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
                 f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
             )
+        if moe.shared_gate != "none" and moe.num_shared_experts == 0:
+            raise ValueError(
+                f"model.moe.shared_gate ({moe.shared_gate}) has no effect while "
+                f"model.moe.num_shared_experts is 0; remove it or add shared experts"
+            )
+        if moe.latent_size is not None and moe.latent_size > self.hidden_size:
+            raise ValueError(
+                f"model.moe.latent_size ({moe.latent_size}) must not exceed model.hidden_size "
+                f"({self.hidden_size}): a latent that is wider holds no more and costs more; lower "
+                f"it, or remove it for experts of the full width"
+            )
         if moe.dense_intermediate_size is not None and len(self.moe_layers) == self.num_layers:
             raise ValueError(
                 f"model.moe.dense_intermediate_size ({moe.dense_intermediate_size}) has no effect "
                 f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
                 f"model.moe.moe_layer_every"
             )
+        if moe.num_shared_experts or len(self.moe_layers) < self.num_layers:
+            # Raises where the experts are of a kind that cannot be dense.
+            _ = self.activate
         if moe.drop_priority != "position":
             self._check_drop_priority()
         names = [loss.name for loss in moe.losses]
@@ -274,39 +343,37 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _overrides_fit(self):
-        seen: set[int] = set()
-        for place, override in enumerate(self.moe.layers):
-            entry = f"model.moe.layers.{place}"
-            for layer in override.layers:
-                if layer >= self.num_layers or not self._is_routed(layer):
-                    routed = [n for n in range(self.num_layers) if self._is_routed(n)]
-                    raise ValueError(
-                        f"{entry}.layers ({layer}) must be a block with routed experts; there are: "
-                        f"{', '.join(map(str, routed)) or 'none'}"
-                    )
-                if layer in seen:
-                    raise ValueError(
-                        f"{entry}.layers ({layer}) names a block for the second time; keep one"
-                    )
-                seen.add(layer)
-            if not override.settings:
-                raise ValueError(
-                    f"{entry} has no effect: it sets none of num_experts, intermediate_size and "
-                    f"router; remove it"
-                )
-            for name, value in override.settings.items():
-                if value == getattr(self.moe, name):
-                    shown = f" ({value})" if isinstance(value, int) else ""
-                    raise ValueError(
-                        f"{entry}.{name}{shown} has no effect: model.moe.{name} is the same; "
-                        f"remove it"
-                    )
-            try:
-                _check_router(self.at(override.layers[0]).moe)
-            except ValueError as error:
-                # A router knows its settings by their place in `model.moe`.
-                raise ValueError(self._renamed(str(error), override.layers[0])) from error
+        routed = {layer for layer in range(self.num_layers) if self._is_routed(layer)}
+        check_overrides(self.moe, self.moe.layers, routed)
+        for override in self.moe.layers:
+            self._check_router_at(override.layers[0])
         return self
+
+    def _check_router_at(self, layer: int) -> None:
+        """`_check_router` of a block, in an error the settings by their place in this config."""
+        try:
+            self.at(layer)._check_router()
+        except ValueError as error:
+            names = r"\bmodel\.moe\.(num_experts|router)\b"
+            text = re.sub(names, lambda match: self.setting(match[1], layer), str(error))
+            raise ValueError(text) from error
+
+    def _check_router(self) -> None:
+        """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
+        moe = self.moe
+        # First: it names the router's own setting, which need not be top_k.
+        moe.router.check_experts(moe.num_choices)
+        if self.top_k > moe.num_choices:
+            raise ValueError(
+                f"model.moe.router.top_k ({self.top_k}) must not exceed "
+                f"model.moe.num_experts ({moe.num_choices}"
+                f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
+            )
+        if not self.causal and not moe.allow_non_causal:
+            raise ValueError(
+                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
+                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
+            )
 
     def _check_drop_priority(self) -> None:
         """ValueError on a drop_priority that has no effect or is not to be had."""
@@ -328,32 +395,6 @@ class ModelConfig(Section):
                 f"model.moe.drop_priority (random) would make evaluation random; leave it out, "
                 f"or take position or probability"
             )
-
-
-def _top_k(moe: MoEConfig) -> int:
-    if not hasattr(moe.router, "top_k"):
-        raise ValueError(
-            f"model.moe.router.name ({moe.router.name}): its Config must have top_k, the number of "
-            f"columns of its Routing, or None for model.moe.num_experts"
-        )
-    return moe.num_experts if moe.router.top_k is None else moe.router.top_k
-
-
-def _check_router(moe: MoEConfig) -> None:
-    """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
-    # First: it names the router's own setting, which need not be top_k.
-    moe.router.check_experts(moe.num_experts)
-    if _top_k(moe) > moe.num_experts:
-        raise ValueError(
-            f"model.moe.router.top_k ({_top_k(moe)}) must not exceed "
-            f"model.moe.num_experts ({moe.num_experts})"
-        )
-    router = load_variant("routers", moe.router.name).Router
-    if not (router.causal and moe.router.causal) and not moe.allow_non_causal:
-        raise ValueError(
-            f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which spoils "
-            f"language modelling; set model.moe.allow_non_causal: true to use it anyway"
-        )
 
 
 def dense_equivalent(config: ModelConfig) -> ModelConfig:

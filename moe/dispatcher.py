@@ -62,7 +62,7 @@ def expert_parallel_dispatch(
     backend: str = "auto",
     meanwhile: Callable[[], Tensor] | None = None,
     waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Send tokens to the ranks that hold their experts, and sum what comes back.
 
     Rank r of the group holds experts r * E/N to (r + 1) * E/N - 1. Every rank of the group must
@@ -75,11 +75,11 @@ def expert_parallel_dispatch(
         routing: of the same tokens, over all E experts.
         group: of N ranks; N divides E.
         backend: of the kernels.
-        meanwhile: computes a further (T, D) that is added to the result, from tokens that stay
-            here, such as shared experts: called while the rows travel, and likewise backward.
+        meanwhile: computes something else from tokens that stay here, such as shared experts:
+            called while the rows travel, and likewise backward.
         waiting: a block in which other ranks are waited for, so that one can time it.
     Returns:
-        (T, D).
+        (T, D); and what `meanwhile` returned, None without it.
     Raises:
         ValueError: if N does not divide E.
     """
@@ -113,8 +113,7 @@ def expert_parallel_dispatch(
     back = _Arrive.apply(_Depart.apply(done, home), home)
     if staying:
         back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
-    out = unpermute(back, plan, routing.topk_weights)
-    return out if beside is None else out + beside
+    return unpermute(back, plan, routing.topk_weights), beside
 
 
 # Whoever compiles the model need not look into the clock.

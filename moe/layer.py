@@ -2,7 +2,10 @@
 
 1. the router chooses K experts for each token; a capacity may drop some
 2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
-5. shared experts, which every token passes, are added
+5. shared experts, which every token passes, are added, by a learned gate if there is one
+
+Latent experts (LatentMoE, arXiv 2601.18089) work in l < D dimensions: one matrix before step 2 and
+one after step 4, so that l numbers a row are sent.
 """
 
 from collections.abc import Callable
@@ -10,28 +13,34 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.capacity import limit_to_capacity
-from moe.config import ModelConfig
+from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from moe.dispatcher import local_dispatch
 from moe.modules import Linear
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant
+from moe.zero_computation import ZeroComputationExperts, networks_only
 
 
 class DenseFeedForward(nn.Module):
-    """SwiGLU of one width for all tokens: (T, D) -> (T, D)."""
+    """One network of the experts' kind for all tokens: (T, D) -> (T, D).
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    y = w2 activate(w1 x, w3 x), without w3 where the experts have no gate.
+    """
+
+    def __init__(self, config: ModelConfig, intermediate_size: int):
         super().__init__()
-        self.w1 = Linear(hidden_size, intermediate_size)
-        self.w2 = Linear(intermediate_size, hidden_size)
-        self.w3 = Linear(hidden_size, intermediate_size)
+        hidden = config.hidden_size
+        self.activate = config.activate
+        self.w1 = Linear(hidden, intermediate_size)
+        self.w2 = Linear(intermediate_size, hidden)
+        self.w3 = Linear(hidden, intermediate_size) if config.moe.experts.has_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = (self.w1(x),) if self.w3 is None else (self.w1(x), self.w3(x))  # (T, F) each
+        return self.w2(self.activate(*hidden))
 
 
 class MoELayer(nn.Module):
@@ -40,6 +49,8 @@ class MoELayer(nn.Module):
     Attributes:
         first_expert, num_local_experts: the experts in this process, by global number; all of them
             here, a share of them in an expert-parallel subclass.
+        latent_down, latent_up: D -> l and l -> D around the experts; None without a latent_size.
+        shared_gate: D -> 1 or 2 numbers that weight the shared experts; None without one.
     """
 
     first_expert = 0
@@ -50,20 +61,28 @@ class MoELayer(nn.Module):
         moe = config.moe
         hidden = config.hidden_size
         self.backend = config.kernel_backend
-        self.capacity_factor, self.eval_capacity_factor = (
-            moe.capacity_factor,
-            moe.eval_capacity_factor,
-        )
+        self.capacity_factor = moe.capacity_factor
+        self.eval_capacity_factor = moe.eval_capacity_factor
         self.drop_priority = moe.drop_priority
         self.router = load_variant("routers", moe.router.name).Router(
-            moe.router, hidden, moe.num_experts
+            moe.router, hidden, moe.num_choices
         )
-        self.num_local_experts = moe.num_experts
+        self.num_experts = self.num_local_experts = moe.num_experts
         self.experts = self.build_experts(config)
+        self.zero_computation = None
+        if sum(moe.zero_computation):
+            self.zero_computation = ZeroComputationExperts(
+                hidden, moe.num_experts, *moe.zero_computation
+            )
+        latent = moe.latent_size
+        self.latent_down = None if latent is None else Linear(hidden, latent)
+        self.latent_up = None if latent is None else Linear(latent, hidden)
         self.shared_experts = None
         if moe.num_shared_experts:
             width = moe.num_shared_experts * config.shared_intermediate_size
-            self.shared_experts = DenseFeedForward(hidden, width)
+            self.shared_experts = DenseFeedForward(config, width)
+        gate_width = SHARED_GATE_WIDTHS[moe.shared_gate]
+        self.shared_gate = Linear(hidden, gate_width) if gate_width else None
 
     def build_experts(self, config: ModelConfig) -> nn.Module:
         """All experts of the layer; an expert-parallel layer builds its own share instead."""
@@ -71,22 +90,49 @@ class MoELayer(nn.Module):
         return module.Experts(
             config.moe.experts,
             config.moe.num_experts,
-            config.hidden_size,
+            config.expert_hidden_size,
             config.moe.intermediate_size,
         )
 
-    def dispatch(self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None) -> Tensor:
-        """Steps 2-5, `shared` computes the last; an expert-parallel layer has all-to-alls there."""
-        out = local_dispatch(self.experts, x, routing, backend=self.backend)  # (T, D)
-        return out if shared is None else out + shared()
+    def dispatch(
+        self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Steps 2-4, and what `shared` computes; an expert-parallel layer has all-to-alls there.
+
+        Args: x: (T, D), or (T, l) of latent experts. Returns: the same of the experts; (T, D).
+        """
+        routed = local_dispatch(self.experts, x, routing, backend=self.backend)
+        return routed, None if shared is None else shared()
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
         factor = self.capacity_factor if context.training else self.eval_capacity_factor
         if factor is not None:
-            routing = limit_to_capacity(routing, factor, self.drop_priority, context)
+            routing = limit_to_capacity(
+                routing, factor, self.drop_priority, context, num_bounded=self.num_experts
+            )
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
-        return self.dispatch(x, routing, shared), routing
+        computed = routing
+        if self.zero_computation is not None:
+            computed = networks_only(routing, self.num_experts)
+        read = x if self.latent_down is None else self.latent_down(x)  # (T, l)
+        routed, beside = self.dispatch(read, computed, shared)
+        if self.latent_up is not None:
+            routed = self.latent_up(routed)  # (T, D)
+        if self.zero_computation is not None:
+            routed = routed + self.zero_computation(x, routing)
+        return routed if beside is None else self.add_shared(x, routed, beside), routing
+
+    def add_shared(self, x: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+        """Step 5, see `shared_gate` of `moe.config.MoEConfig`; all (T, D)."""
+        if self.shared_gate is None:
+            return routed + shared
+        logits = self.shared_gate(x)  # (T, 1) or (T, 2)
+        if logits.shape[-1] == 1:
+            return routed + logits.sigmoid() * shared
+        # In the dtype of the matmuls, as in DeepSpeed: autocast would leave all in float32.
+        coefficients = logits.softmax(-1).to(logits.dtype)
+        return routed * coefficients[:, :1] + shared * coefficients[:, 1:]
 
 
 def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> None:
@@ -96,19 +142,24 @@ def init_feed_forward(layer: nn.Module, std: float, out_std: float, seed_of) -> 
     `init_weights(std, out_std, seed_of)` of their own.
 
     Args:
-        std: of all matrices but those into the residual stream (`w2`), which get out_std.
+        std: of all matrices but those into the residual stream, which get out_std: `w2`, and of
+            latent experts `latent_up` in place of theirs.
         seed_of(name) -> torch.Generator.
     """
+    latent = getattr(layer, "latent_up", None) is not None
     own: dict[str, Any] = {
         name: module for name, module in layer.named_children() if hasattr(module, "init_weights")
     }
     with torch.no_grad():
-        for module in own.values():
-            module.init_weights(std, out_std, seed_of)
+        for child, module in own.items():
+            into_stream = not (latent and child == "experts")
+            module.init_weights(std, out_std if into_stream else std, seed_of)
         for name, parameter in layer.named_parameters():
-            if name.split(".")[0] in own:
+            child, *rest = name.split(".")
+            if child in own:
                 continue
-            scale = out_std if name.split(".")[-1] == "w2" or ".w2." in f".{name}" else std
+            into_stream = "w2" in (child, *rest) and not (latent and child == "experts")
+            scale = out_std if into_stream or child == "latent_up" else std
             if parameter.dim() < 3:
                 parameter.normal_(0, scale, generator=seed_of(name))
                 continue

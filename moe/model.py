@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
         if config.is_moe_layer(layer):
             self.feed_forward = moe_layer(config.at(layer))
         else:
-            self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
+            self.feed_forward = DenseFeedForward(config, config.dense_intermediate_size)
 
     def forward(
         self,
@@ -165,6 +165,7 @@ class MoETransformer(nn.Module):
         need_logits: bool | None = None,
         generator: torch.Generator | None = None,
         routes: Sequence[Tensor | None] | None = None,
+        noise_seeds: Tensor | None = None,
     ) -> ModelOutput:
         """Args:
         input_ids: (B, S) int64. labels: (B, S), -100 where nothing is to be predicted.
@@ -178,12 +179,16 @@ class MoETransformer(nn.Module):
             checkpointing replays.
         routes: one a routed layer, (B, S, K) experts to take in place of the router's choice, -1
             for none, or None for its own choice there; None: every router chooses.
+        noise_seeds: (B,) int64 on the CPU, of the routers' noise in each sequence, in place of a
+            generator: the same however a batch is split, and whatever is recomputed.
 
         Raises:
             ValueError: on a generator under activation checkpointing: the recomputation would draw
-                other noise, and the gradient be that of another routing; on routes of another
-                shape, or for a router that cannot take them.
+                other noise, and the gradient be that of another routing; on one beside noise_seeds;
+                on routes of another shape, or for a router that cannot take them.
         """
+        if generator is not None and noise_seeds is not None:
+            raise ValueError("generator must be None where noise_seeds say what noise is drawn")
         if generator is not None and self.activation_checkpointing and torch.is_grad_enabled():
             raise ValueError(
                 "generator must be None under activation checkpointing, which replays PyTorch's "
@@ -200,6 +205,7 @@ class MoETransformer(nn.Module):
             training=self.training,
             generator=generator,
             backend=self.config.kernel_backend,
+            noise_seeds=noise_seeds,
         )
         x = self.embedding(input_ids)  # (B, S, D)
         x, routings, new_caches = self._run_blocks(

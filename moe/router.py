@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
 from kernels.routing import TopK, fused_topk, weights_of
-from moe.routing import RouterContext, Routing, make_routing, uniform_routing
+from moe.routing import RouterContext, Routing, make_routing, noise_like, uniform_routing
 from moe.variants import Count, VariantConfig
 
 
@@ -22,6 +22,8 @@ class RouterModule(nn.Module):
 
     causal: no later token plays a part in a token's choice, in training too.
     independent: no other token at all plays a part.
+    divisible: sequences that are routed in parts, with the noise of their own seeds, have the same
+    experts as together, and the means over parts of penalty and feedback are those of the whole.
     permutes_tokens: tokens in another order have the same experts.
     permutes_experts: experts in another order are chosen in that order.
     fixed_k: every valid token has exactly K experts.
@@ -32,6 +34,7 @@ class RouterModule(nn.Module):
 
     causal = True
     independent = True
+    divisible = True
     permutes_tokens = True
     permutes_experts = True
     fixed_k = True
@@ -75,10 +78,7 @@ class LinearRouter(RouterModule):
         with no_autocast(x):
             x = at_least_float32(x)
             if context.training and jitter > 0:
-                noise = torch.rand(
-                    x.shape, generator=context.generator, device=x.device, dtype=x.dtype
-                )
-                x = x * (1 + jitter * (2 * noise - 1))
+                x = x * (1 + jitter * (2 * noise_like(x, context, Tensor.uniform_) - 1))
             return linear(x, at_least_float32(self.weight))
 
 
@@ -128,12 +128,15 @@ def routing_of(
     )
 
 
-def refuse_constant_weight(top_k: int | None, normalize: bool) -> None:
-    """ValueError on settings with which the language model's loss never reaches the router."""
+def refuse_constant_weight(top_k: int | None, normalize: bool, setting: str = "top_k") -> None:
+    """ValueError on settings with which the language model's loss never reaches the router.
+
+    Args: setting: the name of the setting that holds `top_k`.
+    """
     if top_k == 1 and normalize:
         raise ValueError(
-            "normalize (True) with top_k (1) makes every weight 1, so the router would get no "
-            "gradient; set normalize: false or top_k of at least 2"
+            f"normalize (True) with {setting} (1) makes every weight 1, so the router would get no "
+            f"gradient; set normalize: false or {setting} of at least 2"
         )
 
 

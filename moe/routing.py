@@ -4,12 +4,15 @@ Routing facts are returned, never stored on a module: so counts stay right under
 checkpointing, evaluation and gradient accumulation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# The increment of SplitMix64: its multiples differ in high and low bits alike.
+LAYER_STEP = 0x9E3779B97F4A7C15
 
 
 class RouterContext(NamedTuple):
@@ -21,6 +24,8 @@ class RouterContext(NamedTuple):
     global one, which activation checkpointing replays; layer: number of the block, from 0; backend:
     of the kernels, `auto`, `triton` or `torch`; topk_indices: (T, K) experts to take in place of
     the router's own choice, -1 for none, their weights computed as ever; None: it chooses.
+    noise_seeds: (B,) int64 on the CPU, in place of the generator: then the noise of a sequence
+    follows from its seed and the layer alone, however a batch is split into passes and ranks.
     """
 
     token_ids: Tensor
@@ -32,6 +37,23 @@ class RouterContext(NamedTuple):
     layer: int = 0
     backend: str = "auto"
     topk_indices: Tensor | None = None
+    noise_seeds: Tensor | None = None
+
+
+def noise_like(x: Tensor, context: RouterContext, fill: Callable[..., Tensor]) -> Tensor:
+    """Random numbers of the shape (T, n), dtype and device of `x`, as the context wants them drawn.
+
+    Args: fill: `Tensor.uniform_` or `Tensor.normal_`.
+    """
+    noise = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if context.noise_seeds is None:
+        return fill(noise, generator=context.generator)
+    generator = torch.Generator(x.device)
+    sequences = noise.view(*context.batch_shape, x.shape[-1])  # (B, S, n)
+    for seed, rows in zip(context.noise_seeds.tolist(), sequences, strict=True):
+        generator.manual_seed((seed + context.layer * LAYER_STEP) % 2**63)
+        fill(rows, generator=generator)
+    return noise
 
 
 class Routing(NamedTuple):

@@ -12,7 +12,9 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
               forward(rows, tokens_per_expert, backend=...) -> rows, where rows behind the last
               expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,
-              plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`
+              plan=..., topk_weights=..., backend=...) -> (T, D), see `moe.dispatcher`. Config has
+              activate(w1 x, w3 x) -> (..., F), of w1 x alone where has_gate is False: what stands
+              between the matrices, also in shared experts and dense layers, which need it
 
 A module may have EXAMPLES, settings that the contract's tests try beside the defaults; a loss,
 NEEDS, fields of the Routing that it reads although not every router fills them.
@@ -50,6 +52,12 @@ Whole = Annotated[int, BeforeValidator(_whole_number)]
 Natural = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 Real = Annotated[float, BeforeValidator(no_boolean)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class VariantConfig(BaseModel):

@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from conftest import randn
 from torch import Tensor
 
 from moe.config import ModelConfig
+from moe.layer import MoELayer
 from moe.model import MoETransformer, init_weights
+from moe.routing import RouterContext
 
 TINY: dict[str, Any] = {
     "vocab_size": 67,
@@ -37,6 +40,20 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
     model = MoETransformer(config)
     init_weights(model, seed)
     return model.to(dtype)
+
+
+def context(num_tokens: int) -> RouterContext:
+    """Of one sequence, outside training."""
+    return RouterContext(torch.zeros(num_tokens).long(), None, None, (1, num_tokens), False)
+
+
+def moe_layer(seed: int = 0, **moe: Any) -> MoELayer:
+    """One layer with weights of 0.3, in float64."""
+    layer = MoELayer(tiny_config(moe=moe)).double()
+    with torch.no_grad():
+        for n, parameter in enumerate(layer.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed + n) * 0.3)
+    return layer
 
 
 def tokens(batch: int, seq_len: int, seed: int = 1, vocab_size: int = 67) -> Tensor:

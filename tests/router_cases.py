@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from conftest import randn, relative_error
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from moe.routing import RouterContext, Routing
 from moe.variants import load_variant, variant_names
@@ -138,6 +139,34 @@ def check_gradient(make: Make) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 1e-4, name
     assert x.grad is not None and x.grad.abs().sum() > 1e-4
+
+
+def check_derivative(make: Make) -> None:
+    """Weights, probabilities and penalty have the gradient of finite differences, with respect to
+    hidden states and every weight; in float64, with the same experts and noise throughout."""
+    shape = (2, 3)
+    x = randn(6, D, seed=9, dtype=torch.float64).requires_grad_()
+    router = make(torch.float64)
+    weights = dict(router.named_parameters())
+    if not weights:
+        return
+    free = route(router, x, training=True, shape=shape)
+
+    def outputs(x: Tensor, *values: Tensor) -> list[Tensor]:
+        about = context(training=True, generator=torch.Generator().manual_seed(0), shape=shape)
+        if router.replays:
+            about = about._replace(topk_indices=free.topk_indices)
+        given = dict(zip(weights, values, strict=True))
+        routing = torch.func.functional_call(router, given, (x, about))
+        assert torch.equal(routing.topk_indices, free.topk_indices), "not a place to differentiate"
+        found = [routing.topk_weights, routing.router_probs, routing.penalty]
+        return [each for each in found if each is not None]
+
+    values = [w.detach().clone().requires_grad_() for w in weights.values()]
+    try:
+        torch.autograd.gradcheck(outputs, [x, *values])
+    except GradcheckError as error:
+        raise AssertionError(str(error)) from error
 
 
 def check_evaluation(make: Make) -> None:

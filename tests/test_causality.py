@@ -24,6 +24,14 @@ CONFIGS = {
             "num_shared_experts": 1,
         }
     },
+    "residual, latent, no w3": {
+        "moe": {
+            "num_shared_experts": 1,
+            "shared_gate": "softmax",
+            "latent_size": 10,
+            "experts": {"name": "relu2"},
+        }
+    },
     "every second layer, tied": {
         "num_layers": 3,
         "tie_embeddings": True,
@@ -115,9 +123,12 @@ def test_planted_leak_in_attention_is_caught(path, monkeypatch):
 
 def test_planted_leak_in_the_experts_is_caught(monkeypatch):
     dispatch = MoELayer.dispatch
-    monkeypatch.setattr(
-        MoELayer, "dispatch", lambda self, x, *rest: dispatch(self, x, *rest) + 1e-4 * x.mean(0)
-    )
+
+    def leaking(self, x, *rest):
+        routed, shared = dispatch(self, x, *rest)
+        return routed + 1e-4 * x.mean(0), shared
+
+    monkeypatch.setattr(MoELayer, "dispatch", leaking)
     model, ids = build("softmax"), tokens(2, SEQ_LEN)
     assert difference(model, ids, changed_at(ids, (0, 6)), before(6)) > 1e-6
 

@@ -1,4 +1,7 @@
-"""Every YAML in configs/ is a run: the small ones take two steps here, on a little local text."""
+"""Every YAML in configs/ is a run: the small ones take two steps here, on a little local text.
+
+Those in configs/ablations are sweeps, and have their test in test_sweep.py.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +14,7 @@ from train.plan import make_plan
 from train.pretrain import main
 from train.tokenizer import planned_vocab_size, with_vocab_size
 
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+CONFIGS = sorted({*ROOT.glob("configs/**/*.yaml")} - {*ROOT.glob("configs/ablations/*.yaml")})
 SMALL_PARAMETERS = 20e6
 
 

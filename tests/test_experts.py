@@ -8,6 +8,8 @@ import torch
 from conftest import assert_equals, assignments, randn, relative_error
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
+from moe.dispatcher import local_dispatch
+from moe.routing import make_routing
 from moe.variants import load_variant, variant_names
 
 D, F = 10, 7
@@ -170,6 +172,54 @@ def test_gradcheck(name, settings):
 
     weights = [p.detach().clone().requires_grad_() for p in experts.parameters()]
     assert torch.autograd.gradcheck(call, [rows, *weights], fast_mode=True)
+
+
+class Dispatched(torch.nn.Module):
+    """From tokens to their weighted sums, in one kernel where the experts have one."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x, routing):
+        return local_dispatch(self.experts, x, routing)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize("case", ["random", "dropped"])
+def test_gradcheck_with_a_plan(name, settings, case):
+    indices, topk_weights, num_experts = assignments(case, 6)
+    layer = Dispatched(build(name, settings, num_experts))
+    names = [n for n, _ in layer.named_parameters()]
+    scores = torch.zeros(6, num_experts, dtype=torch.float64)
+
+    def call(x, topk_weights, *weights):
+        routing = make_routing(scores, scores, topk_weights, indices, None)
+        given = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(layer, given, (x, routing))
+
+    x = randn(6, D, seed=9, dtype=torch.float64)
+    values = x, topk_weights.double(), *layer.parameters()
+    given = [each.detach().clone().requires_grad_() for each in values]
+    assert torch.autograd.gradcheck(call, given, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of masked rows
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_triton_gives_what_float64_gives(device, name, settings):
+    pytest.importorskip("triton")
+    counts, exact = torch.tensor([0, 3, 1, 0, 4]), build(name, settings, 5)
+    ours = build(name, settings, 5, torch.float32).to(device)
+    rows, grad = (randn(8, D, seed=seed, dtype=torch.float64) for seed in (9, 10))
+    found, wanted = [], []
+    for experts, results, backend in ((ours, found, "triton"), (exact, wanted, "torch")):
+        weight = experts.w1
+        leaf = rows.to(weight.device, weight.dtype, copy=True).requires_grad_()
+        out = experts(leaf, counts.to(weight.device), backend=backend)
+        inputs = [leaf, *experts.parameters()]
+        results += [out, *torch.autograd.grad(out, inputs, grad.to(out.device, out.dtype))]
+    for ours_found, expected in zip(found, wanted, strict=True):
+        assert_equals(ours_found, expected)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe.interop.olmoe import config_from_hf, state_dict_from_hf, state_dict_to_hf
-from moe.model import MoETransformer, init_weights
+from moe.model import MoETransformer, init_weights, num_parameters
+from train.bench import bench_model, hf_model
+from train.config import load_config
+from train.errors import ConfigError
 
+QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 SHAPE = {
     "vocab_size": 67,
     "hidden_size": 24,
@@ -190,6 +195,35 @@ def test_a_model_that_is_no_olmoe_is_not_exported():
     assert (
         str(caught.value) == "model.attention.qk_norm (head) must be projection in an OLMoE model"
     )
+    for name, value in (("scale", 2.5), ("num_groups", 3)):
+        other = config.moe.router.model_copy(update={name: value})
+        moe = config.moe.model_copy(update={"router": other})
+        with pytest.raises(ValueError, match=rf"model\.moe\.router\.{name} \({value}\) must be"):
+            state_dict_to_hf(state, config.model_copy(update={"moe": moe}))
+    biased = state | {"blocks.0.feed_forward.router.logit_bias": torch.zeros(6)}
+    with pytest.raises(
+        ValueError, match=r"no place for blocks\.0\.feed_forward\.router\.logit_bias"
+    ):
+        state_dict_to_hf(biased, config)
+    for change, line in (
+        ({"latent_size": 8}, r"^model\.moe\.latent_size \(8\) must be None in an OLMoE model$"),
+        ({"shared_gate": "sigmoid"}, r"^model\.moe\.shared_gate \(sigmoid\) must be none in"),
+    ):
+        other = config.model_copy(update={"moe": config.moe.model_copy(update=change)})
+        with pytest.raises(ValueError, match=line):
+            state_dict_to_hf(state, other)
     state["blocks.1.feed_forward.router.expert_bias"] += 1
     with pytest.raises(ValueError, match="expert_bias is not 0"):
         state_dict_to_hf(state, config)
+
+
+def test_the_benchmark_refuses_a_model_that_olmoe_cannot_be():
+    shape = bench_model(load_config(QUICKSTART))
+    assert hf_model(shape, 16).num_parameters() == num_parameters(MoETransformer(shape)).total
+    other = load_config(QUICKSTART, ["model.moe.num_shared_experts=1"])
+    with pytest.raises(ConfigError) as caught:
+        bench_model(other)
+    assert str(caught.value) == (
+        "model.moe.num_shared_experts (1) must be 0 in an OLMoE model, which this benchmark "
+        "compares with"
+    )

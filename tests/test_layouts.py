@@ -86,6 +86,15 @@ def test_a_rank_sends_its_rows_to_the_others():
     assert by_size == {1: 0, 2: 4 * tokens_of_rank * top_k * layers * 64 * 4 // 2}
 
 
+def test_latent_experts_have_shorter_rows_sent():
+    def sent(moe: dict[str, Any]) -> int:
+        config = make_config(Path("unused"), WIDE | {"model.moe": WIDE["model.moe"] | moe})
+        count = make_plan(config, config.model, 4).parameters
+        return plan_layouts(config, config.model, count, 2, 4)[-1].all_to_all_bytes
+
+    assert sent({"latent_size": 16}) * 64 == sent({}) * 16
+
+
 def test_recomputing_and_counting_passes_send_rows_again():
     """Two messages each, beside four."""
     several = {"training.micro_batch_size": 1, "training.activation_checkpointing": True}

@@ -70,6 +70,17 @@ def test_a_position_is_one_number(corpus):
     assert equal(TrainLoader(corpus, 64, seed=3).batch(5003, 5), tail)
 
 
+def test_noise_of_a_sequence_has_a_seed_of_its_own(corpus):
+    seeds = TrainLoader(corpus, 64, seed=3).batch(0, 2000).noise_seeds
+    assert seeds.dtype == torch.int64 and bool((seeds >= 0).all())
+    # A CPU's generator takes the lower 32 bits alone.
+    assert len((seeds % 2**32).unique()) == 2000
+    again = TrainLoader(corpus, 64, seed=3).batch(1990, 10).noise_seeds
+    assert torch.equal(again, seeds[1990:])
+    other = TrainLoader(corpus, 64, seed=4).batch(0, 2000).noise_seeds
+    assert not bool(torch.isin(other, seeds).any())
+
+
 def test_a_pass_reads_every_chunk_once_before_any_repeats():
     # Lengths that do not divide, and passes that end in the midst of batches and cycles.
     data = synthetic({"a": 1001, "b": 737, "c": 64}, [0.6, 0.3, 0.1])

@@ -479,6 +479,29 @@ def test_activation_checkpointing_neither_doubles_counts_nor_changes_a_bit():
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
 
 
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_loss_of_which_a_part_of_a_step_has_its_own_says_so(name, settings):
+    """Else the shares of two passes add up to the loss of the whole step."""
+    loss, logits = build(name, settings), randn(T, E, seed=15, dtype=torch.float64)
+    whole = route(logits, None, loss.needs)
+    counts = whole.tokens_per_expert
+
+    def value_of(rows):
+        part = route(logits[rows], None, loss.needs)
+        return loss.call(part, context(len(part.topk_indices), None, (2, T // 4), counts))
+
+    parts = (value_of(slice(T // 2)) + value_of(slice(T // 2, T))) / 2
+    direct = loss.call(whole, context(T, None, (4, T // 4), counts))
+    divides = relative_error(parts, direct) < 1e-10
+    says = "of this forward pass" in " ".join(load_variant("losses", name).__doc__.split())
+    # These two say it of one scope, and of two aims.
+    if name == "load_balancing":
+        says = settings.get("scope") == "micro_batch"
+    if name == "entropy":
+        says = settings.get("aim", "sharpen") != "sharpen"
+    assert divides != says
+
+
 def test_running_counts_add_those_of_earlier_passes():
     losses = [{"name": "load_balancing", "accumulation": "running"}]
     model = tiny_model(dtype=torch.float64, moe={"losses": losses})

@@ -109,6 +109,7 @@ BY_LAYER = {
     "load/max_violation": "health/max_violation",
     "load/max_violation_window": "health/max_violation_window",
     "load/max_violation_validation": None,
+    "load/dead_experts_validation": None,
     "load/max_violation_sequence": None,
     "load/effective_experts": "health/effective_experts",
     "load/dead_experts": "health/dead_experts",
@@ -340,7 +341,8 @@ def test_gradient_norms_tell_router_experts_and_the_rest_apart(tmp_path):
     engine.model.head.weight.grad[0, 0] = 7.0
     assert engine.norms(gradients=True).tolist() == pytest.approx([5, 2, 7])
     assert NORM_GROUPS == ("router", "experts", "dense")
-    assert norm_group("blocks.0.feed_forward.shared_experts.w1.weight") == "dense"
+    for outside in ("shared_experts.w1", "shared_gate", "latent_down", "latent_up"):
+        assert norm_group(f"blocks.0.feed_forward.{outside}.weight") == "dense"
 
 
 def test_histograms_are_of_the_window_and_of_all_logits(logged):
@@ -421,6 +423,7 @@ def test_specialisation_is_that_of_the_checkpoint_evaluated_again(logged):
         whole = evaluation.tokens_per_expert.sum(0).double()  # (L, E)
         for measure, expected in {
             "load/max_violation_validation": whole.amax(-1) / whole.mean(-1) - 1,
+            "load/dead_experts_validation": (whole == 0).sum(-1),
             "load/max_violation_sequence": evaluation.sequence_violation,
             "specialisation/domain_information": evaluation.information,
             "specialisation/domain_information_shuffled": evaluation.shuffled_information,

@@ -39,7 +39,6 @@ from moe.generate import generate
 from moe.interop.olmoe import state_dict_to_hf
 from moe.layer import MoELayer
 from moe.model import MoETransformer, flops_per_token, num_parameters
-from train import bench
 from train.alarms import Alarms
 from train.analyze import main as analyze
 from train.errors import ConfigError
@@ -94,7 +93,8 @@ def test_each_block_has_what_the_config_says_of_it():
     assert tuple(each.top_k for each in seen) == CHOICES
     assert tuple(each.moe.intermediate_size for each in seen) == WIDTHS
     assert [each.moe.router.name for each in seen] == ["topk", "hash", "topk"]
-    assert (config.num_experts, config.top_k) == (8, 3)
+    assert (config.num_choices, config.top_k) == (8, 3)
+    assert config.experts_per_token == 2 and config.causal
     assert ModelConfig.model_validate(config.model_dump(mode="json")) == config
     alike = tiny_config()
     assert alike.at(0) is alike and alike.experts_of_layers == (6, 6)
@@ -160,13 +160,11 @@ def test_a_file_with_a_mistake_is_told_with_its_place(tmp_path):
     assert line.startswith("config: model.moe.layers.0.router.topk: unknown key (did you mean")
 
 
-def test_what_takes_equal_layers_refuses_others(tmp_path):
+def test_olmoe_has_no_place_for_layers_that_differ():
     alike = {"attention": {"qk_norm": "projection", "num_heads": 4}}
     others = tiny_config(**alike, moe={"layers": [{"layers": [0], "num_experts": 4}]})
     with pytest.raises(ValueError, match=r"model\.moe\.layers \("):
         state_dict_to_hf({}, others)
-    with pytest.raises(ConfigError, match=r"model\.moe\.layers: OLMoE"):
-        bench.bench_model(make_config(tmp_path, MIXED))
 
 
 # ---- sizes
@@ -520,6 +518,30 @@ def test_a_recording_that_names_another_layers_experts_is_refused(logged, tmp_pa
     recording.write(0, 0, share)
     assert run(tmp_path / "run", MIXED | {"routes.replay": str(folder)}) == 3
     assert "layer 0, names experts from" in capsys.readouterr().err
+
+
+def test_experts_that_cost_nothing_are_counted_behind_each_layers_own(tmp_path):
+    """Evaluated and logged too."""
+    costless = {f"model.moe.num_{kind}_experts": 1 for kind in ("zero", "copy", "constant")}
+    running = {"model.moe.losses": [{"name": "load_balancing", "accumulation": "running"}]}
+    changes = MIXED | LOGGED | costless | running | {"routes.record": str(tmp_path / "routes")}
+    with Recorder() as recorder:
+        assert run(tmp_path / "run", changes) == 0
+    recording = open_recording(tmp_path / "routes", "routes.replay")
+    assert recording.header.routes["model"]["num_experts"] == [each + 3 for each in EXPERTS]
+    beyond = 0
+    for step, metrics in enumerate(recorder.steps):
+        stored = recording.read(step, 0, 4)  # (B, L, S, K)
+        for layer, number in enumerate(EXPERTS):
+            chosen = torch.from_numpy(stored[:, layer].astype(np.int64))
+            load = choices(chosen, number + 3)
+            absent = [-2] * (max(EXPERTS) - number)  # -1 of each of two passes
+            assert metrics.tokens_per_expert[layer].tolist() == [*load, *absent]
+            beyond += load[number:].sum()
+    assert beyond > 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for row, number in zip(summary["layers"], EXPERTS, strict=True):
+        assert 1 <= row["effective_experts"] <= number + 3 + 1e-4
 
 
 @pytest.fixture(scope="module")

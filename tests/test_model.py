@@ -8,36 +8,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_equals, randn, relative_error
-from model_cases import tiny_config, tiny_model, tokens
+from model_cases import context, moe_layer, tiny_config, tiny_model, tokens
 
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
-from moe.routing import RouterContext, make_routing
-from moe.variants import VariantConfig, load_variant
+from moe.routing import make_routing
+from moe.variants import VariantConfig, load_variant, variant_names
+
+RESIDUAL_LATENT = {"num_shared_experts": 1, "shared_gate": "softmax", "latent_size": 7}
 
 # --- the expert layer ---
 
-
-def context(num_tokens):
-    return RouterContext(torch.zeros(num_tokens).long(), None, None, (1, num_tokens), False)
-
-
-def moe_layer(seed=0, **moe):
-    """One layer with weights of 0.3, in float64."""
-    layer = MoELayer(tiny_config(moe=moe)).double()
-    with torch.no_grad():
-        for n, parameter in enumerate(layer.parameters()):
-            parameter.copy_(randn(*parameter.shape, seed=seed + n) * 0.3)
-    return layer
+EXPERTS = [
+    {"name": name, **settings}
+    for name in variant_names("experts")
+    for settings in ({}, *getattr(load_variant("experts", name), "EXAMPLES", ()))
+]
 
 
-def test_one_expert_is_the_dense_layer():
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+def test_one_expert_is_the_dense_layer_of_its_kind(experts):
     # A softmax over one expert is 1: the router's weight says nothing.
     router = {"name": "topk", "top_k": 1, "normalize": False}
-    layer = moe_layer(num_experts=1, router=router)
-    dense = DenseFeedForward(24, 14).double()
-    for name in ("w1", "w2", "w3"):
-        getattr(dense, name).weight.data = getattr(layer.experts, name).data[0]
+    moe = {"num_experts": 1, "router": router, "experts": experts}
+    layer = moe_layer(**moe)
+    dense = DenseFeedForward(tiny_config(moe=moe), 14).double()
+    weights = {name: stack[0] for name, stack in layer.experts.named_parameters()}
+    assert {f"{name}.weight" for name in weights} == dict(dense.named_parameters()).keys()
+    for name, weight in weights.items():
+        getattr(dense, name).weight.data = weight.data
     x = randn(30, 24, seed=9, dtype=torch.float64)
     out, routing = layer(x, context(30))
     assert_equals(out, dense(x))
@@ -92,7 +91,7 @@ def test_experts_without_a_fused_form_are_dispatched_in_three_steps(monkeypatch)
 
 def test_weights_are_read_only_inside_a_call_of_the_module_that_holds_them():
     # As in ZeRO-3, which gathers a module's weights before its call and frees them behind it.
-    model = tiny_model(moe={"num_shared_experts": 1}, tie_embeddings=True)
+    model = tiny_model(moe=RESIDUAL_LATENT, tie_embeddings=True)
     ids = tokens(2, 16)
     with torch.no_grad():
         expected = model(ids, ids, need_logits=True)
@@ -155,8 +154,9 @@ def test_a_router_may_have_no_weights_and_no_fixed_number_of_experts(monkeypatch
 
 
 def test_weights_depend_on_seed_name_and_global_expert_id_alone():
-    small, large = tiny_model(3, moe={"num_experts": 4}), tiny_model(3, moe={"num_experts": 9})
-    again, other = tiny_model(3, moe={"num_experts": 4}), tiny_model(4, moe={"num_experts": 4})
+    few, many = ({"moe": RESIDUAL_LATENT | {"num_experts": n}} for n in (4, 9))
+    small, large = tiny_model(3, **few), tiny_model(3, **many)
+    again, other = tiny_model(3, **few), tiny_model(4, **few)
     for name, parameter in small.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
         if "norm" not in name:
@@ -176,7 +176,8 @@ def test_weights_depend_on_seed_name_and_global_expert_id_alone():
     assert len(set(values)) == len(values)
 
 
-def test_experts_of_a_rank_are_those_of_the_whole_model():
+@pytest.mark.parametrize("moe", [{}, {"latent_size": 7}], ids=str)
+def test_experts_of_a_rank_are_those_of_the_whole_model(moe):
     class Share(MoELayer):
         first_expert = 2
 
@@ -184,23 +185,26 @@ def test_experts_of_a_rank_are_those_of_the_whole_model():
             share = config.moe.model_copy(update={"num_experts": 3})
             return super().build_experts(config.model_copy(update={"moe": share}))
 
-    whole, part = tiny_model(5), MoETransformer(tiny_config(init_std=0.3), moe_layer=Share)
+    whole = tiny_model(5, moe=moe)
+    part = MoETransformer(tiny_config(init_std=0.3, moe=moe), moe_layer=Share)
     init_weights(part, 5)
     for name, parameter in part.named_parameters():
         expected = whole.get_parameter(name)
         assert torch.equal(parameter, expected[2:5] if ".experts." in name else expected), name
 
 
-@pytest.mark.parametrize("num_layers", [2, 8])
-def test_projections_into_the_residual_stream_shrink_with_depth(num_layers):
-    model = tiny_model(
-        num_layers=num_layers, hidden_size=64, init_std=0.1, moe={"num_shared_experts": 1}
-    )
+@pytest.mark.parametrize(("num_layers", "latent"), [(2, None), (8, None), (8, 32)])
+def test_projections_into_the_residual_stream_shrink_with_depth(num_layers, latent):
+    moe = {"num_shared_experts": 1, "latent_size": latent}
+    model = tiny_model(num_layers=num_layers, hidden_size=64, init_std=0.1, moe=moe)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all()
             continue
-        into_stream = name.endswith("wo.weight") or ".w2" in name
+        into_stream = name.endswith(("wo.weight", "latent_up.weight")) or ".w2" in name
+        if latent and name.endswith(".experts.w2"):
+            # Their sum goes through latent_up, which alone is scaled.
+            into_stream = False
         expected = 0.1 / math.sqrt(2 * num_layers) if into_stream else 0.1
         # Five standard deviations of an estimate from so many values.
         error = 5 / math.sqrt(2 * parameter.numel())
@@ -229,13 +233,17 @@ def test_first_loss_is_near_log_vocabulary():
 # --- forward ---
 
 
-@pytest.mark.parametrize("feed_forward", ["moe", "dense"])
-def test_activation_checkpointing_changes_no_gradient(feed_forward):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"feed_forward": "dense"}, {"moe": RESIDUAL_LATENT}],
+    ids=str,
+)
+def test_activation_checkpointing_changes_no_gradient(changes):
     ids = tokens(2, 12)
     document_ids = torch.arange(12).expand(2, 12) // 5
     grads = []
     for checkpointing in (False, True):
-        model = tiny_model(feed_forward=feed_forward)
+        model = tiny_model(**changes)
         model.activation_checkpointing = checkpointing
         model(ids, ids, document_ids).loss.backward()
         grads.append([p.grad for p in model.parameters()])
@@ -251,8 +259,14 @@ def test_a_noise_generator_under_activation_checkpointing_is_refused():
         model(tokens(1, 4), generator=torch.Generator())
 
 
+def test_a_noise_generator_beside_noise_seeds_is_refused():
+    model = tiny_model(moe={"router": {"name": "topk", "jitter": 0.2}})
+    with pytest.raises(ValueError, match=r"^generator must be None where noise_seeds"):
+        model(tokens(1, 4), generator=torch.Generator(), noise_seeds=torch.tensor([3]))
+
+
 def test_every_parameter_gets_a_gradient():
-    model = tiny_model(num_layers=3, moe={"num_shared_experts": 1, "num_dense_layers": 1})
+    model = tiny_model(num_layers=3, moe=RESIDUAL_LATENT | {"num_dense_layers": 1})
     ids = tokens(4, 16)
     model(ids, ids.roll(-1, 1)).loss.backward()
     for name, parameter in model.named_parameters():

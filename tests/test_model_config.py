@@ -1,14 +1,17 @@
 """Is each mistake in a model's config named, and does the config place its parts?"""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from model_cases import tiny_config, tiny_model, tokens
 from pydantic import ValidationError
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, dense_equivalent
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer
+from moe.variants import VariantConfig
 
 ROUTERS = Path(__file__).parent.parent / "moe/routers"
 
@@ -32,6 +35,12 @@ MISTAKES = {
     },
     "model.moe.shared_intermediate_size (9) has no effect while model.moe.num_shared_experts is 0; "
     "remove it or add shared experts": {"moe": {"shared_intermediate_size": 9}},
+    "model.moe.shared_gate (softmax) has no effect while model.moe.num_shared_experts is 0; remove "
+    "it or add shared experts": {"moe": {"shared_gate": "softmax"}},
+    "model.moe.latent_size (25) must not exceed model.hidden_size (24): a latent that is wider "
+    "holds no more and costs more; lower it, or remove it for experts of the full width": {
+        "moe": {"latent_size": 25}
+    },
     "model.moe.losses names router_z_loss twice; keep one line": {
         "moe": {"losses": [{"name": "router_z_loss"}, {"name": "router_z_loss", "weight": 1}]}
     },
@@ -101,6 +110,23 @@ def test_vocabulary_must_be_known():
     with pytest.raises(ValueError) as caught:
         MoETransformer(tiny_config(vocab_size=None))
     assert str(caught.value) == "model.vocab_size (None) must be set, by the tokenizer or by hand"
+
+
+def test_experts_without_an_activation_can_be_neither_shared_nor_dense(monkeypatch):
+    module = types.SimpleNamespace(Config=VariantConfig, Experts=object)
+    monkeypatch.setitem(sys.modules, "my_lab.whole", module)
+    monkeypatch.setitem(sys.modules, "my_lab", types.SimpleNamespace())
+    experts = {"experts": {"name": "my_lab.whole"}}
+    whole = tiny_config(moe=experts)
+    refused = (
+        r"model\.moe\.experts\.name \(my_lab\.whole\): its Config must have activate, which "
+        r"shared experts and dense layers use too"
+    )
+    for moe in ({"num_shared_experts": 1}, {"num_dense_layers": 1}):
+        with pytest.raises(ValidationError, match=refused):
+            tiny_config(moe=experts | moe)
+    with pytest.raises(ValueError, match=f"^{refused}$"):
+        MoETransformer(dense_equivalent(whole))
 
 
 def test_a_private_variant_is_found_by_its_dotted_name(tmp_path, monkeypatch):

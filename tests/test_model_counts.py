@@ -22,6 +22,14 @@ COUNTED = {
     },
     "window": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5}},
     "gated otherwise": {"moe": {"experts": {"name": "geglu"}}},
+    "latent": {
+        "num_layers": 3,
+        "moe": {"latent_size": 8, "num_shared_experts": 1, "num_dense_layers": 1},
+    },
+    "residual MoE": {
+        "num_layers": 3,
+        "moe": {"num_shared_experts": 1, "shared_gate": "softmax", "num_dense_layers": 1},
+    },
     "no gate": {
         "num_layers": 3,
         "moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1, "num_dense_layers": 1},
@@ -36,19 +44,24 @@ def test_parameters_equal_a_hand_formula(name):
     config = model.config
     moe, shared = config.moe, config.moe.num_shared_experts
     attention = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 2 * 6
-    expert = (2 if moe.experts.name == "relu2" else 3) * 24 * 14
+    matrices = 2 if moe.experts.name == "relu2" else 3
+    shared_expert = matrices * 24 * 14
+    latent = moe.latent_size or 0
+    expert = matrices * (latent or 24) * 14
     total = active = 0
     for layer in range(config.num_layers):
         if config.is_moe_layer(layer):
-            own = 6 * 24 + shared * 3 * 24 * 14
+            own = 6 * 24 + shared * shared_expert + 2 * 24 * latent
+            own += 2 * 24 * (moe.shared_gate == "softmax")
             total += own + 6 * expert
             active += own + 2 * expert
         else:
-            # shared + round((2 * expert / 24 + 6) / 3): the width of equal active FLOPs
-            routed = {2: 21, 3: 30}[expert // (24 * 14)]  # 62 / 3 and 90 / 3
+            # round((2 * expert / 24 + 6 + what else there is) / matrices), of equal active FLOPs:
+            # (56 + 6) / 2, (28 + 6 + 2 * 8) / 3, (84 + 6 + 2) / 3, (84 + 6) / 3
+            routed = {"no gate": 31, "latent": 17, "residual MoE": 31}.get(name, 30)
             width = moe.dense_intermediate_size or shared * 14 + routed
-            total += 3 * 24 * width
-            active += 3 * 24 * width
+            total += matrices * 24 * width
+            active += matrices * 24 * width
         total += attention + 2 * 24
         active += attention + 2 * 24
     table = 67 * 24
@@ -92,6 +105,8 @@ def counted_flops(model, batch, seq_len):
         {"moe": {"experts": {"name": "geglu"}}},
         {"moe": {"experts": {"name": "gelu"}}},
         {"moe": {"experts": {"name": "relu2"}, "num_shared_experts": 1}},
+        {"moe": {"latent_size": 24, "num_shared_experts": 1, "shared_gate": "sigmoid"}},
+        {"moe": {"experts": {"name": "relu2"}, "latent_size": 24}},
     ],
 )
 def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
@@ -112,6 +127,8 @@ def test_flops_equal_those_that_pytorch_counts(feed_forward, changes):
         {"num_layers": 4, "moe": {"num_dense_layers": 1, "dense_intermediate_size": 300}},
         {"num_layers": 5, "moe": {"moe_layer_every": 2, "dense_intermediate_size": 10}},
         {"moe": {"experts": {"name": "gelu"}, "num_shared_experts": 1}},
+        {"num_layers": 3, "moe": {"experts": {"name": "relu2"}, "num_dense_layers": 1}},
+        {"moe": {"latent_size": 16, "num_shared_experts": 1, "shared_gate": "softmax"}},
     ],
 )
 def test_dense_equivalent_has_equal_active_flops(changes):

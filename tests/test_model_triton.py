@@ -44,12 +44,19 @@ def batch(device):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("save", ["x", "xh"])
-def test_loss_and_every_gradient_are_equal_on_both_backends(device, recompute, save):
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"experts": {"name": "swiglu", "save": "x"}},
+        {"experts": {"name": "swiglu", "save": "xh"}},
+        {"experts": {"name": "relu2"}, "latent_size": 12, "shared_gate": "softmax"},
+    ],
+    ids=str,
+)
+def test_loss_and_every_gradient_are_equal_on_both_backends(device, recompute, moe):
     results = {}
     for backend in ("torch", "triton"):
-        experts = {"name": "swiglu", "save": save}
-        model = model_on(backend, device, moe=SHAPE["moe"] | {"experts": experts}).train()
+        model = model_on(backend, device, moe=SHAPE["moe"] | moe).train()
         model.activation_checkpointing = recompute
         out = model(*batch(device))
         out.loss.backward()

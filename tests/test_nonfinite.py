@@ -15,6 +15,7 @@ from training_cases import (
     make_config,
     make_engine,
     micro_batches,
+    noise_from_pytorch,
     run,
     same_steps,
 )
@@ -27,6 +28,12 @@ from train.step import train_step
 
 # Without jitter, where a test asks that a weight is not even touched by noise.
 CALM = {"model.moe.router": {"name": "topk", "bias_update_rate": 0.02}}
+
+
+@pytest.fixture(autouse=True)
+def _stream(monkeypatch):
+    """A step that is refused must put PyTorch's stream back."""
+    noise_from_pytorch(monkeypatch)
 
 
 def state(engine: PlainEngine) -> dict[str, bytes]:

@@ -36,8 +36,9 @@ FINE = {
 }
 
 
-def experts(name: str, **settings: Any) -> dict[str, Any]:
-    return {"model.moe": WIDE["model.moe"] | {"experts": {"name": name, **settings}}}
+def experts(name: str, *, latent: bool = False, **settings: Any) -> dict[str, Any]:
+    moe = WIDE["model.moe"] | {"experts": {"name": name, **settings}}
+    return {"model.moe": moe | ({"latent_size": 24} if latent else {})}
 
 
 # The last one is hashed; the first dense one has the width of the mean of the others.
@@ -75,6 +76,22 @@ CASES: dict[str, dict[str, Any]] = {
     "GEGLU in bfloat16": experts("geglu") | {"training.precision": "bfloat16"},
     "GELU": experts("gelu"),
     "squared ReLU": experts("relu2"),
+    "shared and dense of GELU": {"model.moe": FINE | {"experts": {"name": "gelu"}}},
+    "shared and dense with a clamp": {
+        "model.moe": FINE | {"experts": {"name": "swiglu", "clamp": 1.0}}
+    },
+    "sigmoid gate": {"model.moe": FINE | {"shared_gate": "sigmoid"}},
+    "residual MoE": {"model.moe": FINE | {"shared_gate": "softmax"}},
+    "residual MoE in bfloat16": {
+        "model.moe": FINE | {"shared_gate": "softmax"},
+        "training.precision": "bfloat16",
+    },
+    "latent": {"model.moe": FINE | {"latent_size": 24}},
+    "latent in bfloat16": {
+        "model.moe": FINE | {"latent_size": 24},
+        "training.precision": "bfloat16",
+    },
+    "latent, GEGLU": experts("geglu", latent=True),
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
     "layers that differ": LAYERS,
     "layers that differ in bfloat16": LAYERS | {"training.precision": "bfloat16"},
@@ -113,6 +130,23 @@ def test_activations_are_what_pytorch_saves(case, tmp_path):
     assert plan_of(config).activation_bytes == pytest.approx(measured, rel=close)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+@pytest.mark.parametrize(
+    "change", [{"shared_gate": "sigmoid"}, {"shared_gate": "softmax"}, {"latent_size": 64}], ids=str
+)
+def test_gates_and_latents_keep_what_they_take(change, name, precision, tmp_path):
+    """By themselves: beside all else they would be lost in the tolerance."""
+    planned, measured = [], []
+    for moe in ({}, change):
+        moe = FINE | {"experts": {"name": name}} | moe
+        changes = {"model.moe": moe, "training.precision": precision}
+        config = make_config(tmp_path, WIDE | changes)
+        planned.append(plan_of(config).activation_bytes)
+        measured.append(kept_bytes(make_engine(config), config))
+    assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.1)
+
+
 def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tmp_path):
     plain = make_config(tmp_path, WIDE)
     again = make_config(tmp_path, WIDE | {"training.activation_checkpointing": True})
@@ -124,7 +158,17 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
 
 
 @pytest.mark.parametrize(
-    "case", ["as it is", "dense", "fine experts", "layers that differ", "tied", "GEGLU"]
+    "case",
+    [
+        "as it is",
+        "dense",
+        "fine experts",
+        "layers that differ",
+        "tied",
+        "GEGLU",
+        "shared and dense of GELU",
+        "latent",
+    ],
 )
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.

@@ -38,8 +38,9 @@ SETTINGS = {
 }
 
 
-def config() -> RunConfig:
-    return make_config(Path("unused"), SETTINGS)
+def config(**moe: Any) -> RunConfig:
+    settings = {f"model.moe.{name}": value for name, value in moe.items()}
+    return make_config(Path("unused"), SETTINGS | settings)
 
 
 def record_exchanges(patch: pytest.MonkeyPatch, rank: int) -> list[int]:
@@ -56,9 +57,9 @@ def record_exchanges(patch: pytest.MonkeyPatch, rank: int) -> list[int]:
     return rows_sent
 
 
-def count_step(ranks: Ranks, *, all_to_rank_0: bool) -> dict[str, Any]:
+def count_step(ranks: Ranks, *, all_to_rank_0: bool, **moe: Any) -> dict[str, Any]:
     """What a counted step of 2x0 says, and what the dispatcher was seen to send."""
-    engine, step = build_layout("2x0", config(), ranks, "float32")
+    engine, step = build_layout("2x0", config(**moe), ranks, "float32")
     if all_to_rank_0:
         # Equal logits: ties go to the lowest experts, 0 and 1, which rank 0 holds.
         for name, parameter in engine.model.named_parameters():
@@ -90,6 +91,7 @@ def bench(ranks: Ranks) -> dict[str, Any]:
         "facts": facts,
         "known": count_step(ranks, all_to_rank_0=True),
         "random": count_step(ranks, all_to_rank_0=False),
+        "latent": count_step(ranks, all_to_rank_0=True, latent_size=6, num_shared_experts=1),
     }
     engine, _ = build_layout("1x0", config(), ranks, "float32")
     with pytest.raises(KeyError), counted(engine):
@@ -153,6 +155,8 @@ def check_counts(found: dict[str, Any]) -> None:
     known, seen = found["known"], found["random"]
     assert known["tokens_per_expert"].tolist() == [[64, 64, 0, 0]] * 2
     assert known["sent"]["tokens"] == 2 * 2 * 32 * 2 * ROW_BYTES
+    # Of latent experts l / D of that: 6 numbers a row in place of 16.
+    assert found["latent"]["sent"]["tokens"] * 16 == known["sent"]["tokens"] * 6
     # As the dispatcher is seen to send them: there and back, forward and backward, in two layers.
     assert len(seen["rows"]) == 8 and len(set(seen["rows"])) > 1
     assert seen["sent"]["tokens"] == sum(seen["rows"]) * ROW_BYTES

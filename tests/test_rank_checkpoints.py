@@ -20,9 +20,9 @@ from train.packing import Batch, TrainLoader
 from train.ranks import Ranks
 from train.step import read_step, train_step
 
-# No noise, whose streams differ between layouts; a rate that does not depend on the run's length.
-CALM = {
-    "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
+# With noise, and a rate that does not depend on the run's length.
+STEADY = {
+    "model.moe.router": {"name": "topk", "jitter": 0.2, "bias_update_rate": 0.02},
     "training.device": "cpu",
     "training.micro_batch_size": None,
     "training.batch_size": 8,
@@ -70,7 +70,7 @@ def layouts(*sizes: int) -> list[Layout]:
 
 
 def config_of(run_dir: Path, layout: Layout, steps: int = SECOND + MANY) -> RunConfig:
-    return make_config(run_dir, CALM | layout.settings() | {"training.steps": steps})
+    return make_config(run_dir, STEADY | layout.settings() | {"training.steps": steps})
 
 
 class Uninterrupted(NamedTuple):
@@ -95,7 +95,7 @@ def alone(tmp_path_factory) -> Uninterrupted:
         tokens.append(torch.cat([batch.input_ids for batch in batches]))
         return batches
 
-    settings = CALM | {"training.steps": SECOND + MANY, "checkpoint.every": FIRST}
+    settings = STEADY | {"training.steps": SECOND + MANY, "checkpoint.every": FIRST}
     with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
         patch.setattr("train.loop.read_step", recorded)
         assert run(run_dir, settings) == 0
@@ -218,15 +218,29 @@ def write_and_read(
     return first, states, go_on_often(ranks, jobs, text)
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_path, monkeypatch):
+# Experts without w3 in fewer dimensions, with what every token passes beside them.
+RESIDUAL_LATENT = {
+    "model.moe.experts": {"name": "relu2"},
+    "model.moe.latent_size": 6,
+    "model.moe.num_shared_experts": 1,
+    "model.moe.shared_gate": "softmax",
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, marks=pytest.mark.slow), {"model.tie_embeddings": True}, RESIDUAL_LATENT],
+    ids=("plain", "tied", "residual and latent"),
+)
+def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(model, tmp_path, monkeypatch):
     """Bit for bit, from the disk; runs that ranks began themselves."""
-    monkeypatch.setitem(CALM, "model.tie_embeddings", tied)
+    for setting, value in model.items():
+        monkeypatch.setitem(STEADY, setting, value)
     writers = [Layout(2, 0), Layout(1, 1), Layout(2, 2), Layout(2, 3, "released")]
     written = [(tmp_path / f"run_{number}", each, 0) for number, each in enumerate(writers)]
     others = [*writers[1:], writers[0]]
     (results, _) = run_ranks(
-        2, with_tied, tied, write_and_read, [], written, others, data(), seconds=120
+        2, with_settings, model, write_and_read, [], written, others, data(), seconds=120
     )
     _, states, reread = results
     for (run_dir, _, _), state, found in zip(written, states, reread, strict=True):
@@ -237,9 +251,9 @@ def test_what_ranks_wrote_goes_on_in_one_process_and_in_other_layouts(tied, tmp_
         same_state(in_one_process.state, state)
 
 
-def with_tied(ranks: Ranks, tied: bool, work: Any, *args: Any) -> Any:
+def with_settings(ranks: Ranks, model: dict[str, Any], work: Any, *args: Any) -> Any:
     """`work` in a process that knows nothing of the test's own settings."""
-    CALM["model.tie_embeddings"] = tied
+    STEADY.update(model)
     return work(ranks, *args)
 
 

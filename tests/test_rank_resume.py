@@ -1,7 +1,7 @@
 """Does a run over ranks that was stopped end where an uninterrupted one does, to the last bit?
 
-With noise in the router, so that the random streams of every rank count; in the same layout, where
-nothing is summed in another order.
+With noise in the router, drawn from PyTorch's stream so that those of every rank count; in the same
+layout, where nothing is summed in another order.
 """
 
 import shutil
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rank_cases import run_ranks
-from training_cases import bits, checkpoint, data, make_config
+from training_cases import bits, checkpoint, data, make_config, noise_from_pytorch
 
 from train.config import RunConfig
 from train.ranks import Ranks, gather
@@ -38,6 +38,7 @@ def run_whole_and_in_two(ranks: Ranks, folder: Path, layouts: list[tuple[int, in
     import train.pretrain
     import train.run_state
 
+    noise_from_pytorch(pytest.MonkeyPatch())
     set_state = train.run_state.set_random_state
     for size, stage in (*layouts, PLANTED):
         whole, again = (config_of(folder, part, size, stage) for part in ("whole", "again"))

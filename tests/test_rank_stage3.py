@@ -18,6 +18,8 @@ def config_of(size: int) -> RunConfig:
             "parallel.expert_parallel_size": size,
             "parallel.zero_stage": 3,
             "model.moe.num_shared_experts": 1,
+            "model.moe.shared_gate": "softmax",
+            "model.moe.latent_size": 6,
         },
     )
 

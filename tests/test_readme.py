@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from router_cases import CHECKS, maker
+from router_step_cases import CHECKS as STEP_CHECKS
 
 from moe.config import ModelConfig
 from moe.model import MoETransformer, init_weights
 from moe.variants import load_variant
 from train.config import load_config
+from train.sweep_config import load_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +53,18 @@ def test_example_of_a_run_loads(tmp_path):
     assert config.num_steps * config.tokens_per_step >= 4_000_000
 
 
+def test_example_of_a_sweep_loads(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(block("yaml", "# Does a loss-free bias"))
+    sweep = load_sweep(path)
+    assert list(sweep.arms) == ["loss", "bias", "dense"] and sweep.baseline == "loss"
+
+
+def test_table_of_sweeps_names_all_of_them():
+    named = set(re.findall(r"^\| `(\w+\.yaml)` \|", README, re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "configs" / "ablations").glob("*.yaml")}
+
+
 def test_example_of_a_router_trains(tmp_path, monkeypatch):
     (tmp_path / "readme_lab").mkdir()
     (tmp_path / "readme_lab" / "cosine.py").write_text(block("python", '"""Cosine'))
@@ -71,5 +85,5 @@ def test_example_of_a_router_trains(tmp_path, monkeypatch):
     # And it keeps the contract, as every router of ours.
     examples = load_variant("routers", "readme_lab.cosine").EXAMPLES
     for settings in ({}, *examples):
-        for check in CHECKS.values():
+        for check in (CHECKS | STEP_CHECKS).values():
             check(maker("readme_lab.cosine", settings))

@@ -4,13 +4,16 @@ the contract notice a router with a bug?"""
 import pytest
 import torch
 from conftest import randn
-from router_cases import CHECKS, D, E, T, build, cases, maker, route
+from router_cases import CHECKS as ROUTING_CHECKS
+from router_cases import D, E, T, build, cases, maker, route
+from router_step_cases import CHECKS as STEP_CHECKS
 
 from kernels.routing import fused_topk
 from moe.router import LinearRouter, RouterModule
 from moe.routing import make_routing
 from moe.variants import load_variant
 
+CHECKS = ROUTING_CHECKS | STEP_CHECKS
 CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in cases()]
 
 
@@ -134,6 +137,49 @@ class OwnNoise(Sound):
         return super().scores(x, context) + noise
 
 
+class OwnStream(Sound):
+    """Noise of a stream that recomputation does not put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.stream = torch.Generator().manual_seed(0)
+
+    def scores(self, x, context):
+        noise = torch.rand(len(x), E, generator=self.stream) if context.training else 0.0
+        return super().scores(x, context) + noise
+
+
+class SumsFeedback(Sound):
+    """Tells `after_step` the counts, and not a mean over tokens: a step in parts tells it less."""
+
+    def forward(self, x, context):
+        routing = super().forward(x, context)
+        return routing._replace(feedback=routing.tokens_per_expert.float())
+
+
+class ClaimsToBeWhole(Sound):
+    """Says that a batch cannot be divided, and it can."""
+
+    divisible = False
+
+
+class SteepGradient(torch.autograd.Function):
+    """The identity, with a gradient that is a hundredth too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+class Steep(Sound):
+    def scores(self, x, context):
+        return SteepGradient.apply(super().scores(x, context))
+
+
 class Favours(Sound):
     def scores(self, x, context):
         return super().scores(x, context) + torch.arange(E) / 10
@@ -195,9 +241,13 @@ PLANTED = {
     RoutesPadding: {"record", "padding"},
     NarrowBias: {"state"},
     NarrowInput: {"float32"},
-    KeepsState: {"evaluation"},
+    KeepsState: {"evaluation", "recomputation"},
     NoisyEvaluation: {"evaluation"},
-    OwnNoise: {"generator"},
+    OwnNoise: {"generator", "divisible"},
+    OwnStream: {"generator", "recomputation"},
+    SumsFeedback: {"divisible"},
+    ClaimsToBeWhole: {"divisible"},
+    Steep: {"derivative"},
     Favours: {"permutes_experts"},
     ByPosition: {"permutes_tokens"},
     Detached: {"gradient"},

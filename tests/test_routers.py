@@ -1,14 +1,16 @@
 """Do the record of a routing and top-k do what they say? What all routers keep:
 `tests/test_router_contract.py`."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import randn, relative_error
+from model_cases import tiny_model
 from router_cases import D, E, T, build, context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.routing import fused_topk
-from moe.routing import make_routing
+from moe.routing import make_routing, noise_like
 from moe.variants import load_variant
 
 
@@ -52,6 +54,32 @@ def test_topk_weights_by_hand():
     assert routing.topk_indices.tolist() == [[3, 2]]
     assert routing.topk_weights.tolist() == [pytest.approx([4 / 7, 3 / 7], rel=1e-6)]
     assert routing.router_probs[0, 1].item() == pytest.approx(2 / 12, rel=1e-6)
+
+
+def test_a_logit_bias_enters_choice_and_weights():
+    router = build("topk", {"top_k": 2, "logit_bias": True})
+    x, bias = randn(T, D, seed=9), np.array([0.0, 3.0, 0.0, -3.0, 1.0, 0.0])
+    with torch.no_grad():
+        router.logit_bias.copy_(torch.from_numpy(bias))
+    routing = router(x, context())
+    logits = x.double().numpy() @ router.weight.detach().double().numpy().T + bias
+    assert relative_error(routing.router_logits, torch.from_numpy(logits)) < 1e-5
+    best = np.argsort(-logits, axis=-1)[:, :2]
+    assert routing.topk_indices.tolist() == best.tolist()
+    powers = np.exp(np.take_along_axis(logits, best, -1))
+    expected = torch.from_numpy(powers / powers.sum(-1, keepdims=True))
+    assert relative_error(routing.topk_weights, expected) < 1e-5
+    assert not hasattr(build("topk", {}), "logit_bias")
+
+
+def test_a_logit_bias_begins_at_0():
+    router = (
+        tiny_model(moe={"router": {"name": "topk", "logit_bias": True}})
+        .blocks[0]
+        .feed_forward.router
+    )
+    assert torch.count_nonzero(router.logit_bias) == 0
+    assert router.weight.abs().max() > 0.1
 
 
 def test_bias_chooses_but_does_not_weigh():
@@ -132,6 +160,32 @@ def test_jitter_scales_each_input_within_its_bounds():
     assert 1.095 < logits.max() <= 1.1
     assert abs(logits.mean().item() - 1) < 0.005
     assert torch.equal(router(x, context(shape=(4000, 1))).router_logits, torch.ones(4000, E))
+
+
+@pytest.mark.parametrize("fill", [torch.Tensor.uniform_, torch.Tensor.normal_])
+def test_noise_of_a_sequence_follows_from_its_seed_and_the_layer_alone(fill):
+    seeds = torch.tensor([5, 2**63 - 1, 5])
+
+    def drawn(rows: slice, layer: int = 0) -> torch.Tensor:
+        shape = (len(seeds[rows]), 8)
+        about = context(shape=shape)._replace(noise_seeds=seeds[rows], layer=layer)
+        torch.rand(3)
+        return noise_like(torch.zeros(shape[0] * shape[1], E), about, fill).view(*shape, E)
+
+    whole = drawn(slice(3))
+    assert torch.equal(drawn(slice(1, 3)), whole[1:])
+    assert torch.equal(whole[0], whole[2]) and not torch.equal(whole[0], whole[1])
+    assert not bool((drawn(slice(3), layer=1) == whole).any())
+    # Numbers of the stream that the seed begins.
+    expected = torch.empty(8, E)
+    fill(expected, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(whole[0], expected)
+
+
+def test_seeds_for_another_number_of_sequences_are_refused():
+    about = context()._replace(noise_seeds=torch.zeros(2).long())
+    with pytest.raises(ValueError, match="zip"):
+        noise_like(torch.zeros(T, E), about, torch.Tensor.uniform_)
 
 
 def test_top_1_with_normalised_weights_is_refused():

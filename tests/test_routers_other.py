@@ -16,7 +16,15 @@ from moe.model import num_parameters
 from moe.routers.hash import STEP, _mix, _signed, expert_keys
 from moe.variants import load_variant
 
-OTHERS = ("balanced", "expert_choice", "hash", "random_choice", "sequence_topk", "sinkhorn")
+OTHERS = (
+    "balanced",
+    "expert_choice",
+    "hash",
+    "random_choice",
+    "sequence_topk",
+    "sinkhorn",
+    "token_rounding",
+)
 UNLEARNED = ("balanced", "hash", "random_choice")
 PADDED = torch.arange(T) % 5 > 0
 

@@ -38,7 +38,7 @@ from train.checkpoint import load_checkpoint
 from train.engine import PlainEngine, load_model
 from train.route_files import Recording, open_recording
 
-# Without noise, which another order of passes would draw otherwise.
+# Without noise: what is recorded follows from the weights.
 CALM = {"model.moe.router": {"name": "topk", "bias_update_rate": 0.02}}
 QUIET = {"evaluation.every": 0}
 

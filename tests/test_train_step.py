@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
-from training_cases import bits, data, different, make_config, make_engine, micro_batches
+from training_cases import (
+    bits,
+    data,
+    different,
+    make_config,
+    make_engine,
+    micro_batches,
+    noise_from_pytorch,
+)
 
 from train.config import RunConfig
 from train.engine import PlainEngine
@@ -16,9 +24,9 @@ from train.metrics import StepMetrics
 from train.packing import IGNORE, Batch, TrainLoader
 from train.step import batch_totals, read_step, train_step
 
-# Noise would be another one for each cut; everything else that could depend on it is on.
-CALM = {
-    "model.moe.router": {"name": "topk", "bias_update_rate": 0.02},
+# Everything that could depend on the cut is on, noise too.
+EVERYTHING = {
+    "model.moe.router": {"name": "topk", "jitter": 0.2, "bias_update_rate": 0.02},
     "model.lm_z_loss_weight": 0.01,
     "model.moe.num_shared_experts": 1,
     "optimizer.gradient_clip": None,
@@ -38,7 +46,7 @@ class CapturedStep:
     """Gradients and metrics of one step, whose update is left out."""
 
     def __init__(self, tmp_path: Path, changes: dict[str, Any]):
-        config = make_config(tmp_path, CALM | changes)
+        config = make_config(tmp_path, EVERYTHING | changes)
         self.engine = make_engine(config)
         self.gradients: dict[str, Tensor] = {}
         self.engine.step = self._capture  # type: ignore[method-assign]
@@ -103,7 +111,23 @@ def test_counts_of_a_part_of_the_step_give_other_gradients(approximate, tmp_path
         assert relative_error(parts.gradients[name], exact.gradients[name]) > 1e-3
 
 
-def test_recomputed_activations_give_equal_bits(tmp_path):
+@pytest.fixture(params=["of each sequence", "of PyTorch's stream"])
+def either_noise(request, monkeypatch):
+    """Noise that follows from the batch, and noise that must be replayed."""
+    if request.param == "of PyTorch's stream":
+        noise_from_pytorch(monkeypatch)
+
+
+def test_noise_of_pytorchs_stream_is_another_for_each_cut(tmp_path, monkeypatch):
+    """The control of the tests above: with noise that depends on the cut they would fail."""
+    noise_from_pytorch(monkeypatch)
+    whole, parts = (
+        CapturedStep(tmp_path, balance() | {"training.micro_batch_size": size}) for size in (4, 1)
+    )
+    assert worst(parts.gradients, whole.gradients) > 1e-3
+
+
+def test_recomputed_activations_give_equal_bits(either_noise, tmp_path):
     """Jitter too is replayed, and the passes are counted once."""
     noise = {"model.moe.router": {"name": "topk", "jitter": 0.3, "bias_update_rate": 0.02}}
     plain = CapturedStep(tmp_path, balance() | noise)
@@ -112,7 +136,9 @@ def test_recomputed_activations_give_equal_bits(tmp_path):
     assert torch.equal(again.metrics.tokens_per_expert, plain.metrics.tokens_per_expert)
 
 
-def test_counting_passes_choose_the_experts_that_the_others_choose(tmp_path, monkeypatch):
+def test_counting_passes_choose_the_experts_that_the_others_choose(
+    either_noise, tmp_path, monkeypatch
+):
     """With noise too, since the random streams are replayed."""
     noise = {"model.moe.router": {"name": "topk", "jitter": 0.9}, "training.micro_batch_size": 1}
     seen = []
@@ -206,7 +232,9 @@ def reference_adamw(
 
 @pytest.mark.parametrize("clip", [None, 0.1, 1e9])
 def test_three_steps_are_those_of_adamw(clip, tmp_path):
-    config = make_config(tmp_path, CALM | {"optimizer.gradient_clip": clip, "optimizer.eps": 1e-4})
+    config = make_config(
+        tmp_path, EVERYTHING | {"optimizer.gradient_clip": clip, "optimizer.eps": 1e-4}
+    )
     engine = make_engine(config)
     start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     gradients, rates = [], []
@@ -231,7 +259,7 @@ def test_three_steps_are_those_of_adamw(clip, tmp_path):
 
 
 def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_step(tmp_path):
-    config = make_config(tmp_path, CALM | {"training.micro_batch_size": 1})
+    config = make_config(tmp_path, EVERYTHING | {"training.micro_batch_size": 1})
     engine = make_engine(config)
     expected = torch.zeros(2, 4)
     for step in range(3):
@@ -270,7 +298,7 @@ def test_any_split_of_a_step_reads_the_same_batch(world_size, micro, tmp_path):
             for rank in range(world_size)
             for batch in read_step(loader, step, config, _Rank(rank, world_size))
         ]
-        for field in ("input_ids", "labels", "document_ids", "domain_ids"):
+        for field in ("input_ids", "labels", "document_ids", "domain_ids", "noise_seeds"):
             value = getattr(expected, field)
             joined = torch.cat([getattr(part, field) for part in parts])
             assert torch.equal(joined, value), field
@@ -286,12 +314,13 @@ def test_a_step_that_does_not_divide_is_refused(world_size, micro, tmp_path):
 
 def test_the_balance_loss_of_ranks_sums_to_that_of_the_whole_batch(tmp_path):
     # Each rank passes once, with the counts of all ranks given by a stand-in for the collective.
-    # Without jitter, which two passes would draw otherwise than one.
-    router = {"model.moe.router": {"name": "topk"}}
-    config = make_config(tmp_path, {"training.micro_batch_size": 4} | router)
+    config = make_config(tmp_path, {"training.micro_batch_size": 4})
     engine, (whole,) = make_engine(config), micro_batches(config)
     parts = slice(0, 2), slice(2, 4)
-    halves = [Batch(*(field[part] for field in whole[:4])) for part in parts]
+    halves = [
+        Batch(*(field[part] for field in whole[:4]), noise_seeds=whole.noise_seeds[part])
+        for part in parts
+    ]
     totals = batch_totals(engine, [whole], config, lambda: False)
     expected = engine(whole, totals)
     counts = torch.stack([r.tokens_per_expert for r in expected.routings])

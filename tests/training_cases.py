@@ -166,6 +166,17 @@ def micro_batches(config: RunConfig, step: int = 0) -> list[Batch]:
     return [loader.batch(first + i, size) for i in range(0, config.training.batch_size, size)]
 
 
+def noise_from_pytorch(patch: pytest.MonkeyPatch) -> None:
+    """From now on routers draw noise from PyTorch's stream, as one's own may: what loses, repeats
+    or forgets a random stream is seen in the weights."""
+    real = TrainLoader.batch
+
+    def batch(loader: TrainLoader, first_sequence: int, num_sequences: int) -> Batch:
+        return real(loader, first_sequence, num_sequences)._replace(noise_seeds=None)
+
+    patch.setattr(TrainLoader, "batch", batch)
+
+
 # ---- runs in this process
 
 

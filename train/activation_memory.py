@@ -5,7 +5,7 @@ import torch
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
 from kernels.grouped_matmul import row_quantum
 from kernels.swiglu_experts_torch import NARROW
-from moe.config import ModelConfig
+from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from train.config import RunConfig
 
 _FLOAT32 = 4
@@ -13,18 +13,24 @@ _FLOAT32 = 4
 _KEPT_WIDTHS = {"x": 0, "xh": 2, "xha": 2}
 
 
-def _kept_widths(model: ModelConfig) -> tuple[int, int]:
-    """Rows of (F,) and of (D,) that the experts keep for each assignment, their outputs included.
+def _kept_by_autograd(model: ModelConfig) -> int:
+    """Rows of (F,) that a network of the experts' kind keeps where each step keeps what it takes:
+    w1 x and w3 x, clamped where a clamp is set, the activation, and its product with w3 x."""
+    experts = model.moe.experts
+    if not experts.has_gate:
+        return 2
+    return 4 if getattr(experts, "clamp", None) is None else 6
 
-    Those of `moe.expert_rows` keep what each step takes: the rows, w1 x and w3 x, clamped where a
-    clamp is set, the activation, and its product with w3 x.
+
+def _kept_widths(model: ModelConfig) -> tuple[int, int]:
+    """Rows of (F,) and of (D,) or (l,) that experts keep for each assignment, outputs included.
+
+    Those of `moe.expert_rows` keep the rows too.
     """
     experts = model.moe.experts
     if hasattr(experts, "save"):
         return _KEPT_WIDTHS[experts.save], 1
-    if not experts.has_gate:
-        return 2, 2
-    return (4 if getattr(experts, "clamp", None) is None else 6), 2
+    return _kept_by_autograd(model), 2
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
@@ -76,11 +82,16 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     """Bytes a token of the norm and the feed-forward part of a block."""
     kept = (_FLOAT32 + c) * model.hidden_size
     if not model.is_moe_layer(layer):
-        return kept + c * 4 * model.dense_intermediate_size
+        return kept + c * _kept_by_autograd(model) * model.dense_intermediate_size
     moe = model.moe
     inner, outer = _kept_widths(model)
-    kept += c * (inner * moe.intermediate_size + outer * model.hidden_size) * model.top_k
-    kept += c * 4 * moe.num_shared_experts * model.shared_intermediate_size
+    kept += c * (inner * moe.intermediate_size + outer * model.expert_hidden_size) * model.top_k
+    # What a gate multiplies: the sum of the shared experts, and that of the routed ones.
+    kept += c * SHARED_GATE_WIDTHS[moe.shared_gate] * model.hidden_size
+    # What latent experts read, where they do not gather rows of it first, and their sum.
+    kept += c * (1 + hasattr(moe.experts, "save")) * (moe.latent_size or 0)
+    shared_width = moe.num_shared_experts * model.shared_intermediate_size
+    kept += c * _kept_by_autograd(model) * shared_width
     # The router's: its input in float32, that times the noise and the noise, logits and
     # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
     copies = (c < _FLOAT32) + 2 * (getattr(moe.router, "jitter", 0) > 0)
@@ -95,14 +106,18 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
     if c == _FLOAT32:
         narrow = hasattr(moe.experts, "save") and moe.intermediate_size < NARROW
         stacked = model.is_moe_layer(layer) and narrow
-        return 2 * c * model.hidden_size * moe.num_experts * moe.intermediate_size * stacked
+        return 2 * c * model.expert_hidden_size * moe.num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
-    widths = 3 * model.dense_intermediate_size
-    if model.is_moe_layer(layer):
-        matrices = 3 if moe.experts.has_gate else 2
-        widths = matrices * moe.num_experts * moe.intermediate_size
-        widths += 3 * moe.num_shared_experts * model.shared_intermediate_size
-    return c * model.hidden_size * (heads * model.head_dim + widths)
+    matrices = 3 if moe.experts.has_gate else 2
+    if not model.is_moe_layer(layer):
+        widths, experts = matrices * model.dense_intermediate_size, 0
+    else:
+        shared = moe.num_shared_experts * model.shared_intermediate_size
+        widths = matrices * shared + 2 * (moe.latent_size or 0)
+        experts = matrices * moe.num_experts * moe.intermediate_size
+    return c * (
+        model.hidden_size * (heads * model.head_dim + widths) + model.expert_hidden_size * experts
+    )
 
 
 def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
@@ -113,5 +128,5 @@ def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
     quantum = row_quantum(tokens * model.top_k, moe.num_experts, factor)
     inner, outer = _kept_widths(model)
-    widths = inner * moe.intermediate_size + outer * model.hidden_size
+    widths = inner * moe.intermediate_size + outer * model.expert_hidden_size
     return c * (moe.num_experts * quantum // 2 * widths if quantum > 1 else 0)

@@ -53,10 +53,10 @@ class Alarms:
 
     def __init__(self, model: ModelConfig):
         self.layers = model.moe_layers
-        self._most_experts = model.num_experts
+        self._most_experts = model.num_choices
         # Of each layer.
-        self.num_experts = model.experts_of_layers
-        self.top_k = [model.at(layer).top_k for layer in self.layers]
+        self.num_experts = model.choices_of_layers
+        self.top_k = model.top_k_of_layers
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._first_loss = math.inf
         self._diverged_steps = 0

@@ -235,7 +235,7 @@ def layer_numbers(
     numbers = []
     for layer, row in zip(counts.config.moe_layers, rows, strict=True):
         here = counts.config.at(layer)
-        shape = {"num_experts": here.moe.num_experts, "top_k": here.top_k}
+        shape = {"num_experts": here.moe.num_choices, "top_k": here.top_k}
         of_layer = {"layer": layer, **shape, "router": here.moe.router.name}
         numbers.append(of_layer | dict(zip(columns, row, strict=True)))
     return numbers

@@ -240,7 +240,7 @@ def _facts(
             "num_layers": config.model.num_layers,
             "moe_layers": list(config.model.moe_layers),
             # The largest of any layer; `layers` has those of each.
-            "num_experts": config.model.num_experts,
+            "num_experts": config.model.num_choices,
             "top_k": config.model.top_k,
             "num_shared_experts": config.model.moe.num_shared_experts,
             "router": format_layers(
@@ -260,7 +260,7 @@ def _counted(counts: RouteCounts, data: PreparedData) -> dict[str, Any]:
     names = [data.domain_names[index] for index in present]
     loss = (counts.losses / counts.labels.clamp(min=1))[present].tolist()
     statistics, model = counts.statistics, counts.config
-    num_experts, top_k = model.experts_of_layers, [model.at(n).top_k for n in model.moe_layers]
+    num_experts, top_k = model.choices_of_layers, model.top_k_of_layers
     pairs = [
         together[:number, :number].long().tolist() if k > 1 else None
         for together, number, k in zip(statistics.co_activation, num_experts, top_k, strict=True)
@@ -309,7 +309,7 @@ def _ablation(
     present = [index for index, number in enumerate(found.labels.tolist()) if number]
     names = [data.domain_names[index] for index in present]
     mean = found.mean_rise  # (L, E)
-    num_experts = model_config.experts_of_layers
+    num_experts = model_config.choices_of_layers
     places = [(layer, e) for layer, number in enumerate(num_experts) for e in range(number)]
     places.sort(key=lambda place: -float(mean[place]))
     top = []

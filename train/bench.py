@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.bench import matmul_rate, seconds_of
 from kernels.launch import tune_allocator
 from moe.config import ModelConfig
+from moe.interop.olmoe import check_is_olmoe
 from moe.model import MoETransformer, init_weights, num_parameters
 from train.config import RunConfig, load_config
 from train.errors import ConfigError
@@ -78,17 +79,21 @@ def transformers() -> Any:
 
 
 def bench_model(config: RunConfig) -> ModelConfig:
-    """The config's model with what OLMoE also has: projection norms, plain softmax weights."""
-    if config.model.moe.layers:
-        raise ConfigError(
-            "model.moe.layers: OLMoE, which this benchmark compares with, has the same experts in "
-            "all layers; leave it out"
-        )
+    """The config's model with what OLMoE also has: projection norms, plain softmax weights.
+
+    Raises:
+        ConfigError: if it differs from OLMoE beyond that, as with shared experts.
+    """
     model = with_vocab_size(config.model, config.tokenizer.vocab_size)
     attention = model.attention.model_copy(update={"qk_norm": "projection"})
     router = model.moe.router.model_copy(update={"normalize": False})
     moe = model.moe.model_copy(update={"losses": (), "router": router})
-    return model.model_copy(update={"attention": attention, "moe": moe})
+    shape = model.model_copy(update={"attention": attention, "moe": moe})
+    try:
+        check_is_olmoe(shape)
+    except ValueError as error:
+        raise ConfigError(f"{error}, which this benchmark compares with") from error
+    return shape
 
 
 def hf_model(model: ModelConfig, seq_len: int) -> Any:

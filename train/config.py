@@ -347,8 +347,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with one line for each mistake, `SOURCE: dotted.path: what was found, what is
             allowed`; SOURCE is the file as given, or `command line`.
     """
-    source = str(path)
-    values, problems = _read_file(Path(path))
+    values, problems = read_settings(Path(path))
+    return config_from_settings(values, overrides, str(path), problems)
+
+
+def config_from_settings(
+    values: dict[str, Any], overrides: Sequence[str], source: str, problems: Sequence[str] = ()
+) -> RunConfig:
+    """What `load_config` makes of settings that were read before; `values` are changed in place.
+
+    Args:
+        source: what errors name as the place of `values`. problems: found in reading them.
+    Raises:
+        ConfigError: as `load_config`, `problems` included.
+    """
     origin, refused = apply_overrides(values, overrides, RunConfig, source)
     if problems or refused:
         raise ConfigError("\n".join([*problems, *refused]))
@@ -385,7 +397,7 @@ def _validate(values: dict[str, Any], origin: Origin) -> RunConfig:
     raise ConfigError("\n".join(lines))
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The settings in the file, or {} and what is wrong with it."""
     try:
         text = path.read_bytes().decode("utf-8-sig")

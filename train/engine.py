@@ -138,6 +138,7 @@ class PlainEngine:
                 batch.document_ids.to(self.device, non_blocking=True),
                 totals=totals,
                 routes=routes_of(batch, self.model.config, self.device),
+                noise_seeds=batch.noise_seeds,
             )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -42,9 +42,9 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
     """
     config = model.config
     num_domains = len(text.data.domain_names)
-    layers, num_experts = len(config.moe_layers), config.experts_of_layers
+    layers, num_experts = len(config.moe_layers), config.choices_of_layers
     loss, labels = torch.zeros(2, num_domains, dtype=torch.float64)
-    assignments = torch.zeros(layers, config.num_experts, dtype=torch.int64)
+    assignments = torch.zeros(layers, config.num_choices, dtype=torch.int64)
     whole = []
     for batch in text.mixed_batches():
         reading = read(model, batch)

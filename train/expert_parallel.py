@@ -152,12 +152,15 @@ def expert_parallel_layer(groups: ExpertGroups) -> type[MoELayer]:
             # As they are made: what DeepSpeed partitions at once it must know by then.
             with parameters_seen(partial(_mark_expert, groups)):
                 return module.Experts(
-                    moe.experts, self.num_local_experts, config.hidden_size, moe.intermediate_size
+                    moe.experts,
+                    self.num_local_experts,
+                    config.expert_hidden_size,
+                    moe.intermediate_size,
                 )
 
         def dispatch(
             self, x: Tensor, routing: Routing, shared: Callable[[], Tensor] | None
-        ) -> Tensor:
+        ) -> tuple[Tensor, Tensor | None]:
             if groups.size == 1:
                 return MoELayer.dispatch(self, x, routing, shared)
             return expert_parallel_dispatch(

@@ -106,13 +106,16 @@ def plan_layouts(
 def _all_to_all_bytes(
     config: RunConfig, model: ModelConfig, size: int, passes: int, compute_bytes: int
 ) -> int:
-    """Rows there and back in each forward and backward pass, to other ranks; even routing."""
+    """Rows there and back in each forward and backward pass, to other ranks; even routing.
+
+    A row has D numbers, of latent experts l.
+    """
     tokens = passes * config.micro_batch_size * config.training.seq_len
-    rows = tokens * sum(model.at(layer).top_k for layer in model.moe_layers)
+    rows = tokens * sum(model.top_k_of_layers)
     messages = 4
     messages += 2 * config.training.activation_checkpointing
     messages += 2 * config.exact_counts_needed(passes)
-    return messages * rows * model.hidden_size * compute_bytes * (size - 1) // size
+    return messages * rows * model.expert_hidden_size * compute_bytes * (size - 1) // size
 
 
 def describe_layouts(layouts: list[Layout], memory: int | None) -> str:

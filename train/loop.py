@@ -111,6 +111,8 @@ class Loop:
         # Of this process: seconds of each step, and (step, mean validation loss) as evaluated.
         self.step_seconds: list[float] = []
         self.history: list[tuple[int, float]] = []
+        # Of this process: steps that were skipped, alarms raised, assignments dropped.
+        self.num_skipped = self.num_alarms = self.num_dropped = 0
 
     def run(self, position: Position, stop: StopRequest) -> tuple[Position, Evaluation | None]:
         """Train to the last step or until `stop`; the position is saved in either case.
@@ -222,6 +224,9 @@ class Loop:
         # Zeros, but where a layer has no such expert.
         window = self.window.last(WINDOW_STEPS) if len(self.window) else load.clamp(max=0)
         alarms = tuple(self.alarms.check(metrics, self.window))
+        self.num_skipped += metrics.skipped
+        self.num_alarms += len(alarms)
+        self.num_dropped += int(metrics.num_dropped.sum())
         speed = metrics.num_tokens / self.step_seconds[-1]
         if metrics.skipped:
             self.status.message(

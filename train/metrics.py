@@ -157,7 +157,8 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def norm_group(parameter_name: str) -> str:
-    """The group of NORM_GROUPS that a parameter belongs to; shared experts are dense."""
+    """The group of NORM_GROUPS that a parameter belongs to; what every token passes is dense:
+    shared experts, their gate, the matrices around latent experts."""
     parts = parameter_name.split(".")
     return next((group for group in ("router", "experts") if group in parts), "dense")
 

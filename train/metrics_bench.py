@@ -97,7 +97,7 @@ def report(config: RunConfig, repeats: int) -> str:
     lines = [
         f"One training step of {tokens:,} tokens: {model.num_layers} layers, "
         f"D {model.hidden_size}, {format_layers(model.experts_of_layers)} experts, "
-        f"top-{format_layers(model.at(layer).top_k for layer in model.moe_layers)}; "
+        f"top-{format_layers(model.top_k_of_layers)}; "
         f"{each.engine.precision} on {each.engine.device}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}. "
         f"Medians of {repeats} steps in turns.",

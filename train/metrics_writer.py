@@ -8,7 +8,7 @@ import contextlib
 import shutil
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class MetricsWriter:
         self, run_dir: Path, config: RunConfig, first_step: int, warn: Callable[[str], None]
     ):
         self.layers = config.model.moe_layers
-        self._num_experts = config.model.experts_of_layers
+        self._num_experts = config.model.choices_of_layers
         self._config, self._warn = config, warn
         self._directory = run_dir / "tensorboard"
         self._probe = ProbeRoutes(run_dir / "probe_routes")
@@ -271,6 +271,29 @@ class MetricsWriter:
             self._guard(self._writer.close)
             self._writer = None
         threading.excepthook = self._excepthook
+
+
+def write_sweep_run(
+    directory: Path,
+    settings: dict[str, bool | int | float | str],
+    curve: Mapping[int, float],
+    results: Mapping[str, float],
+) -> None:
+    """A finished run of a sweep: its row in the tab HParams, its curve of validation loss, and its
+    last scalars; in place of what was there.
+
+    Args: settings: columns of the row. curve: mean validation loss by step. results: by tag, of the
+        last step; columns too, but for those of single layers and domains.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    columns = [tag for tag in results if tag.count("/") == 1 or tag.endswith("/all_layers")]
+    with contextlib.closing(SummaryWriter(str(directory))) as writer:
+        for summary in hparams(settings, dict.fromkeys(columns, 0.0)):
+            writer._get_file_writer().add_summary(summary)
+        for step, loss in curve.items():
+            writer.add_scalar("validation/mean_loss", loss, step)
+        for tag in results.keys() - {"validation/mean_loss"}:
+            writer.add_scalar(tag, results[tag], max(curve))
 
 
 def hyper_parameters(settings: Any, path: str = "") -> dict[str, bool | int | float | str]:

@@ -3,7 +3,8 @@
 A domain's tokens, documents one after another, are cut into chunks of `seq_len`. Global sequence j
 is a pure function of (data, seed, j): which domain comes from the mixture, which of its chunks from
 a shuffle of each pass over the domain. A position in the data is therefore one number, and any
-division of a range of j over ranks and accumulation steps reads the same sequences.
+division of a range of j over ranks and accumulation steps reads the same sequences. So is the seed
+of the routers' noise in it: any division trains with the same noise.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ class Batch(NamedTuple):
     input_ids: (B, S) int64. labels: (B, S) int64, the next token, -100 where it belongs to another
     document (after an end of text). document_ids: (B, S) int32, rising from 0 within a sequence.
     domain_ids: (B,) int64, index into the data's `domain_names`. routes: (L, B, S, K) experts to
-    replay in each routed layer, None where the routers choose.
+    replay in each routed layer, None where the routers choose. noise_seeds: (B,) int64, of the
+    routers' noise in each sequence, None where they draw it from PyTorch's stream, if at all.
     """
 
     input_ids: Tensor
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     document_ids: Tensor
     domain_ids: Tensor
     routes: Tensor | None = None
+    noise_seeds: Tensor | None = None
 
 
 def pack(rows: np.ndarray, domain_ids: np.ndarray, end_of_text: int) -> Batch:
@@ -113,7 +116,10 @@ class TrainLoader:
             domain, chunk = self.locate(first_sequence + row)
             domain_ids[row] = domain
             rows[row] = self._tokens[domain][chunk * length : (chunk + 1) * length + 1]
-        return pack(rows, domain_ids, self._end_of_text)
+        seeds = [_key(self.seed, "noise", first_sequence + row) for row in range(num_sequences)]
+        # A bit less: PyTorch has no unsigned integers of 64.
+        noise_seeds = torch.from_numpy((np.array(seeds) >> np.uint64(1)).astype(np.int64))
+        return pack(rows, domain_ids, self._end_of_text)._replace(noise_seeds=noise_seeds)
 
     def locate(self, sequence: int) -> tuple[int, int]:
         """(index of the domain, chunk within the domain) of a global sequence."""

@@ -378,7 +378,7 @@ def finish(
     """Write and print the summary, and where to look next."""
     with storage_errors(run_dir):
         replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    num_experts = format_layers(config.model.experts_of_layers)
+    num_experts = format_layers(config.model.choices_of_layers)
     status.message("\n" + render_summary(summary, num_experts) + "\n")
     if summary["layers"]:
         layers = tuple(row["layer"] for row in summary["layers"])

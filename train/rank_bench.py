@@ -244,8 +244,8 @@ def describe_shape(model: ModelConfig) -> str:
     if model.moe_layers:
         layers = [model.at(layer) for layer in model.moe_layers]
         parts += [f"F {format_layers(each.moe.intermediate_size for each in layers)}"]
-        parts += [f"{format_layers(each.moe.num_experts for each in layers)} experts"]
-        parts += [f"top-{format_layers(each.top_k for each in layers)}"]
+        parts += [f"{format_layers(model.experts_of_layers)} experts"]
+        parts += [f"top-{format_layers(model.top_k_of_layers)}"]
     return ", ".join([*parts, f"vocabulary {model.vocab_size:,}"])
 
 

@@ -31,8 +31,8 @@ class RouteStatistics:
         token_ids: Tensor,
         device: torch.device | str = "cpu",
     ):
-        layers, experts = len(config.moe_layers), config.num_experts
-        self._zero = zero_counts(config.experts_of_layers, device)  # (L, E)
+        layers, experts = len(config.moe_layers), config.num_choices
+        self._zero = zero_counts(config.choices_of_layers, device)  # (L, E)
         self.load = self._zero.repeat(num_domains, 1, 1)
         self.co_activation = torch.zeros(
             layers, experts, experts, dtype=torch.float64, device=device
@@ -89,8 +89,8 @@ class VocabularyCounts:
 
     def __init__(self, config: ModelConfig, token_ids: Tensor, device: torch.device | str = "cpu"):
         number = len(token_ids)
-        self.num_experts = config.experts_of_layers
-        shape = len(config.moe_layers), config.num_experts, number
+        self.num_experts = config.choices_of_layers
+        shape = len(config.moe_layers), config.num_choices, number
         self.token_ids = token_ids.to(device)
         self.occurrences = torch.zeros(number, dtype=torch.int64, device=device)
         self.assignments = torch.zeros(shape, dtype=torch.int64, device=device)

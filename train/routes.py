@@ -210,14 +210,14 @@ def make_header(config: RunConfig, model: ModelConfig, facts: dict[str, Any]) ->
     training = config.training
     experts = {
         "layers": list(layers),
-        "num_experts": _of_layers(model.experts_of_layers),
-        "top_k": _of_layers([model.at(layer).top_k for layer in layers]),
+        "num_experts": _of_layers(model.choices_of_layers),
+        "top_k": _of_layers(model.top_k_of_layers),
     }
     # Two runs that differ in a rate only are two runs; a run keeps its place.
     run = {"output_dir": normpath(config.output_dir), **facts}
     return Header(
         num_steps=config.num_steps,
-        dtype=index_dtype(model.num_experts),
+        dtype=index_dtype(model.num_choices),
         shape=(training.batch_size, len(layers), training.seq_len, model.top_k),
         routes={**facts, "model": experts},
         run=run,

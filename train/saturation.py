@@ -44,7 +44,7 @@ class ComparedText(NamedTuple):
 def read_compared(model: MoETransformer, text: HeldOutText) -> ComparedText:
     """Read the probe text."""
     num_domains, config = len(text.data.domain_names), model.config
-    load = zero_counts(config.experts_of_layers).repeat(num_domains, 1, 1)
+    load = zero_counts(config.choices_of_layers).repeat(num_domains, 1, 1)
     losses = torch.zeros(num_domains, dtype=torch.float64)
     labels = torch.zeros(num_domains, dtype=torch.float64)
     routes = []

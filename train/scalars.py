@@ -33,6 +33,7 @@ OVER_LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "load/max_violation_sequence": (torch.max, None),
     "load/effective_experts": (torch.min, "health/effective_experts"),
     "load/dead_experts": (torch.sum, "health/dead_experts"),
+    "load/dead_experts_validation": (torch.sum, None),
     "load/starved_experts": (torch.sum, "health/starved_experts"),
     "load/dropped_percent": (torch.max, "health/dropped_percent"),
     "load/tokens_per_expert_min": (torch.min, None),
@@ -174,8 +175,10 @@ def evaluation_scalars(
     values |= {f"validation/domain/{name}": loss for name, loss in evaluation.loss.items()}
     if not layers:
         return values
+    load = evaluation.tokens_per_expert.sum(0)  # (L, E)
     measures = {
-        "load/max_violation_validation": max_violation(evaluation.tokens_per_expert.sum(0)),
+        "load/max_violation_validation": max_violation(load),
+        "load/dead_experts_validation": dead_experts(load),
         "load/max_violation_sequence": evaluation.sequence_violation,
         "specialisation/domain_information": evaluation.information,
         "specialisation/domain_information_shuffled": evaluation.shuffled_information,

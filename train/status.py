@@ -66,9 +66,12 @@ def format_table(
 _DROPPED_FIRST = ("mfu", "rate", "gradient", "dead", "violation", "speed")
 
 
-def format_line(status: Status, seconds_left: float, width: int | None = None) -> str:
-    """The status line, in at most `width` characters."""
+def format_line(
+    status: Status, seconds_left: float, width: int | None = None, label: str = ""
+) -> str:
+    """The status line, in at most `width` characters, with `label` before it."""
     parts = {
+        **({"label": label} if label else {}),
         "step": f"step {status.step}/{status.num_steps}",
         "loss": f"loss {status.lm_loss:.4f}",
         "rate": f"lr {status.learning_rate:.2e}",
@@ -91,7 +94,13 @@ class StatusLine:
 
     On a terminal each line replaces the one before; in a pipe each is a line of its own. The time
     left is that of the remaining steps at the mean pace so far, pauses for evaluation included.
+
+    label: stands before each line, where a run is one of many. seconds_after(seconds): of what
+    comes after a run that takes so long; part of the time left.
     """
+
+    label = ""
+    seconds_after: Callable[[float], float] = staticmethod(lambda seconds: 0.0)
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
@@ -111,7 +120,8 @@ class StatusLine:
         began, first = self._start or (time.monotonic(), status.step)
         pace = (time.monotonic() - began) / max(1, status.step - first)
         width = shutil.get_terminal_size().columns - 1 if self.live else None
-        line = format_line(status, pace * (status.num_steps - status.step), width)
+        left = pace * (status.num_steps - status.step) + self.seconds_after(pace * status.num_steps)
+        line = format_line(status, left, width, self.label)
         if self.live:
             self._write("\r" + line.ljust(self._shown))
             self._shown = len(line)

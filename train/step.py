@@ -171,7 +171,7 @@ def batch_totals(
     if not layers or len(batches) == 1:
         return totals
     if not config.exact_counts_needed(len(batches)):
-        so_far = zero_counts(config.model.experts_of_layers, engine.device)
+        so_far = zero_counts(config.model.choices_of_layers, engine.device)
         return totals._replace(counts_so_far=so_far)
     random_state = get_random_state()
     counts = torch.zeros((), dtype=torch.long, device=engine.device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from kernels.swiglu_experts_torch import clamped
 from moe.expert_rows import RowExperts
 from moe.variants import Real, VariantConfig
 
@@ -24,15 +25,11 @@ class Config(VariantConfig):
     name: Literal["geglu"] = "geglu"
     clamp: Annotated[Real, Field(gt=0)] | None = None
 
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gelu(gate) * up, all (..., F), gate and up after the clamp."""
+        gate, up = clamped(gate, up, self.clamp)
+        return F.gelu(gate) * up
+
 
 class Experts(RowExperts):
     """E GEGLU networks D -> F -> D."""
-
-    config: Config
-
-    def activate(self, *hidden: Tensor) -> Tensor:
-        gate, up = hidden  # (R, F) each
-        clamp = self.config.clamp
-        if clamp is not None:
-            gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
-        return F.gelu(gate) * up

@@ -22,10 +22,10 @@ class Config(VariantConfig):
 
     name: Literal["gelu"] = "gelu"
 
+    def activate(self, hidden: Tensor) -> Tensor:
+        """gelu(hidden), both (..., F)."""
+        return F.gelu(hidden)
+
 
 class Experts(RowExperts):
     """E GELU networks D -> F -> D."""
-
-    def activate(self, *hidden: Tensor) -> Tensor:
-        (hidden_rows,) = hidden  # (R, F)
-        return F.gelu(hidden_rows)

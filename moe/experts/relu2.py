@@ -22,10 +22,10 @@ class Config(VariantConfig):
 
     name: Literal["relu2"] = "relu2"
 
+    def activate(self, hidden: Tensor) -> Tensor:
+        """max(hidden, 0)^2, both (..., F)."""
+        return F.relu(hidden).square()
+
 
 class Experts(RowExperts):
     """E squared-ReLU networks D -> F -> D."""
-
-    def activate(self, *hidden: Tensor) -> Tensor:
-        (hidden_rows,) = hidden  # (R, F)
-        return F.relu(hidden_rows).square()

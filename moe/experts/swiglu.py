@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import DispatchPlan
 from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
+from kernels.swiglu_experts_torch import clamped
 from moe.variants import Real, VariantConfig
 
 EXAMPLES = ({"clamp": 0.5}, {"save": "x"}, {"save": "xha"})
@@ -25,6 +26,11 @@ class Config(VariantConfig):
     name: Literal["swiglu"] = "swiglu"
     clamp: Annotated[Real, Field(gt=0)] | None = None
     save: Literal["x", "xh", "xha"] = "xh"
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, all (..., F), gate and up after the clamp: as the kernel does."""
+        gate, up = clamped(gate, up, self.clamp)
+        return F.silu(gate) * up
 
 
 class Experts(nn.Module):

@@ -173,7 +173,7 @@ def state_dict_to_hf(
     Raises:
         ValueError: if OLMoE has no place for a part of the model, a router's bias included.
     """
-    _check_is_olmoe(config)
+    check_is_olmoe(config)
     left = dict(state)
     out = {theirs: left.pop(ours) for ours, theirs in _plain_names(config).items()}
     for layer in range(config.num_layers):
@@ -198,14 +198,21 @@ def state_dict_to_hf(
     return out
 
 
-def _check_is_olmoe(config: ModelConfig) -> None:
+def check_is_olmoe(config: ModelConfig) -> None:
+    """ValueError, naming the setting, if a model has what OLMoE cannot say."""
     needed: dict[str, tuple[Any, Any]] = {
         "attention.qk_norm": (config.attention.qk_norm, "projection"),
         "attention.window": (config.attention.window, None),
         "head_dim": (config.head_dim * config.attention.num_heads, config.hidden_size),
         "moe.num_shared_experts": (config.moe.num_shared_experts, 0),
+        "moe.num_choices": (config.moe.num_choices, config.moe.num_experts),
+        "moe.eval_capacity_factor": (config.moe.eval_capacity_factor, None),
+        "moe.shared_gate": (config.moe.shared_gate, "none"),
+        "moe.latent_size": (config.moe.latent_size, None),
         "moe.router.name": (config.moe.router.name, "topk"),
         "moe.router.score": (getattr(config.moe.router, "score", None), "softmax"),
+        "moe.router.scale": (getattr(config.moe.router, "scale", 1.0), 1.0),
+        "moe.router.num_groups": (getattr(config.moe.router, "num_groups", None), None),
         "moe.experts.name": (config.moe.experts.name, "swiglu"),
         "moe.experts.clamp": (getattr(config.moe.experts, "clamp", None), None),
         "moe.layers": (config.moe.layers, ()),

@@ -31,7 +31,10 @@ class Config(VariantConfig):
     """weight of the term; its scope; how `global_batch` learns the counts under accumulation.
 
     accumulation: `exact` takes the counts of the whole step from a forward pass without gradients
-    first (about a third more time); `running` uses the counts so far, an approximation.
+    first (about a third more time); `running` uses the counts so far, an approximation. In a short
+    training with 2, 4 and 8 micro-batches of 1,024 tokens together, its value is off by 0.2 % and
+    the routers' gradient of it by 2.7 %, 3.4 % and 3.9 %:
+    `python -m pytest tests/test_balance_accumulation.py -k running -s`.
     """
 
     name: Literal["load_balancing"] = "load_balancing"

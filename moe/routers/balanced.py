@@ -34,6 +34,8 @@ class Config(AssignedConfig):
 class Router(AssignedRouter):
     """(T, D) -> Routing, by turns. Learned weights in float32 always."""
 
+    # Turns begin anew in each part.
+    divisible = False
     permutes_tokens = False
 
     def assign(self, x: Tensor, context: RouterContext) -> Tensor:

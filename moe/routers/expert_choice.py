@@ -52,6 +52,7 @@ class Router(LinearRouter):
 
     causal = False
     independent = False
+    divisible = False
     fixed_k = False
     replays = True
 

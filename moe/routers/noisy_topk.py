@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
 from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
-from moe.routing import RouterContext, Routing
+from moe.routing import RouterContext, Routing, noise_like
 from moe.variants import Count, VariantConfig
 
 EXAMPLES = (
@@ -69,9 +69,7 @@ class Router(LinearRouter):
         router_logits, noise_std = self.logits(x, context), self.noise_std(x)  # (T, E)
         noisy = router_logits
         if context.training:
-            noise = torch.randn(
-                noise_std.shape, generator=context.generator, device=x.device, dtype=noise_std.dtype
-            )
+            noise = noise_like(noise_std, context, Tensor.normal_)
             noisy = router_logits + noise * noise_std
         chosen = topk_or_given(noisy, context, self.config.top_k, normalize=self.config.normalize)
         if context.training:

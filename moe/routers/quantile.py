@@ -94,6 +94,8 @@ def balancing_prices(
 class Router(LinearRouter):
     """(T, D) -> Routing. In float32 always."""
 
+    # The mean of the betas of two parts is not the beta of both.
+    divisible = False
     replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):

@@ -3,8 +3,8 @@
     topk_indices[t] = the K largest of E uniform numbers,   topk_weights = 1/K
 
 It is the baseline that says what routing is worth, and a load that is balanced but for noise. In
-training the numbers come from the run's random stream, in evaluation from one of `seed` and layer
-that begins anew at each call: the place in the batch then decides, not the token.
+training the numbers are the run's noise, in evaluation those of a stream of `seed` and layer that
+begins anew at each call: the place in the batch then decides, not the token.
 
 Causal. Source: the random baseline of Roller et al., Hash Layers, arXiv 2106.04426, section 4.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.routing import lowest_index_topk
 from moe.router import RouterModule
-from moe.routing import RouterContext, Routing, uniform_routing
+from moe.routing import RouterContext, Routing, noise_like, uniform_routing
 from moe.variants import Count, Natural, VariantConfig
 
 EXAMPLES = ({"top_k": 3, "seed": 5},)
@@ -46,11 +46,12 @@ class Router(RouterModule):
         config = self.config
         indices = context.topk_indices
         if indices is None:
-            generator = context.generator
             if not context.training:
                 # The global stream is training's: evaluation takes no number from it.
                 generator = torch.Generator(x.device)
                 generator.manual_seed((config.seed << 16) + context.layer)
-            numbers = torch.rand(len(x), self.num_experts, generator=generator, device=x.device)
+                context = context._replace(generator=generator, noise_seeds=None)
+            numbers = x.new_empty(len(x), self.num_experts, dtype=torch.float32)
+            numbers = noise_like(numbers, context, Tensor.uniform_)  # (T, E)
             indices = lowest_index_topk(numbers, config.top_k)  # (T, K)
         return uniform_routing(x, indices, self.num_experts, 1 / config.top_k, context.valid)

@@ -1,7 +1,8 @@
 """ReLU routing: no top-k at all; an expert takes part where its logit is positive.
 
     weights = R(x) = relu(x W),   penalty = lambda * mean over tokens of sum_i f_i R_i(x)
-    f_i = E / (k T) * (tokens that expert i took part for), 1 at the target, no gradient through it
+    f_i = E / (k T) * (tokens that expert i took part for), 1 at the target, no gradient through it,
+    of this forward pass: a part of a step has its own
 
 so every weight is continuous in x. The penalty, an L1 norm that weighs more on experts with much
 load, makes room: lambda moves after each optimizer step by a `factor`, up while fewer than
@@ -57,6 +58,8 @@ class Config(VariantConfig):
 class Router(LinearRouter):
     """(T, D) -> Routing, E columns by falling weight, -1 where it is 0. In float32 always."""
 
+    # f_i of a part, in the penalty, are the part's own.
+    divisible = False
     fixed_k = False
     penalizes = True
 

@@ -55,6 +55,7 @@ class Router(LinearRouter):
 
     causal = False
     independent = False
+    divisible = False
     replays = True
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:

@@ -1,25 +1,28 @@
 """Token-choice top-k routing: each token takes the K experts that its router scores highest.
 
-    logits = W x,   probs = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
+    logits = W x + d,   probs = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
     weights = scale * the K largest probs, divided by their sum if `normalize`
 
 Softmax over the K chosen logits alone (Mixtral, gpt-oss) is `softmax` with `normalize`: the two are
-one function. Optional: input jitter (x * uniform(1 - j, 1 + j), training only); a limit to the best
-`groups_per_token` of `num_groups` groups of neighbouring experts (experts of one rank form a group:
-then a token travels to so many ranks at most); loss-free balancing, a bias b that enters the choice
-only, moved once per optimizer step by b_i += rate * sign(mean(c) - c_i), and with `bias_centered`
-shifted to mean 0 after it.
+one function. Optional: d (E,), learned with `logit_bias` and else 0; input jitter
+(x * uniform(1 - j, 1 + j), training only); a limit to the best `groups_per_token` of `num_groups`
+groups of neighbouring experts, of which a group scores the sum of its best two (experts of one rank
+form a group: then a token travels to so many ranks at most); loss-free balancing, a bias b that
+enters the choice only, moved once per optimizer step by b_i += rate * sign(mean(c) - c_i), and with
+`bias_centered` shifted to mean 0 after it.
 
 Causal. Sources: Shazeer et al., arXiv 1701.06538; jitter: Switch Transformers, arXiv 2101.03961,
 section 2.4; loss-free bias: Wang et al., arXiv 2408.15664; sigmoid, groups, scale: DeepSeek-V3,
-arXiv 2412.19437, section 2.1.2; sqrt(softplus): DeepSeek-V4; centring: Ling 3.
+arXiv 2412.19437, section 2.1.2; sqrt(softplus): DeepSeek-V4; centring: Ling 3; logit bias:
+gpt-oss, arXiv 2508.10925.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
 from moe.routing import RouterContext, Routing
@@ -30,18 +33,20 @@ EXAMPLES = (
     {"top_k": 1, "normalize": False, "jitter": 0.3},
     {"score": "sqrt_softplus", "scale": 2.5},
     {"top_k": 2, "num_groups": 3, "groups_per_token": 2},
+    {"top_k": 4, "logit_bias": True},
 )
 
 
 class Config(VariantConfig):
-    """top_k experts a token; scale of the weights; jitter 0 is none; num_groups None is no limit;
-    bias_update_rate 0 is no loss-free bias."""
+    """top_k experts a token; scale of the weights; logit_bias: whether logits have a learned bias;
+    jitter 0 is none; num_groups None is no limit; bias_update_rate 0 is no loss-free bias."""
 
     name: Literal["topk"] = "topk"
     top_k: Count = 2
     score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
     normalize: bool = True
     scale: Annotated[Real, Field(gt=0)] = 1.0
+    logit_bias: bool = False
     jitter: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     num_groups: Count | None = None
     groups_per_token: Count | None = None
@@ -82,6 +87,8 @@ class Router(LinearRouter):
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
         super().__init__(config, hidden_size, num_experts)
+        if config.logit_bias:
+            self.logit_bias = nn.Parameter(torch.empty(num_experts))
         # Saved and restored with the model even where nothing moves it: one layout of checkpoint.
         self.register_float32("expert_bias", torch.zeros(num_experts))
         self.expert_bias: Tensor
@@ -91,9 +98,19 @@ class Router(LinearRouter):
         """(E,) added to the scores for the choice, None where nothing is."""
         return self.expert_bias if self.config.bias_update_rate > 0 else None
 
+    def init_weights(
+        self, std: float, out_std: float, seed_of: Callable[[str], torch.Generator]
+    ) -> None:
+        """Normal weights, and a logit bias of 0."""
+        nn.init.normal_(self.weight, 0, std, generator=seed_of("router.weight"))
+        if self.config.logit_bias:
+            nn.init.zeros_(self.logit_bias)
+
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         config = self.config
         router_logits = self.logits(x, context, config.jitter)  # (T, E)
+        if config.logit_bias:
+            router_logits = router_logits + self.logit_bias
         groups = None
         if config.num_groups is not None and config.groups_per_token is not None:
             groups = config.num_groups, config.groups_per_token
