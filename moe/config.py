@@ -3,11 +3,13 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from moe.layer_overrides import LayerOverride, check_overrides
 from moe.variants import (
     Count,
     ExpertsConfig,
@@ -15,14 +17,9 @@ from moe.variants import (
     Natural,
     Real,
     RouterConfig,
+    Section,
     load_variant,
 )
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AttentionConfig(Section):
@@ -64,7 +61,8 @@ class MoEConfig(Section):
     capacity_factor: an expert takes that many times the mean load at most, see `moe.capacity`; None
     is dropless. eval_capacity_factor: the same in evaluation and generation, whatever the former.
     drop_priority: which tokens an expert keeps, the first, the most probable or random ones.
-    allow_non_causal: permit a router that sees later tokens.
+    allow_non_causal: permit a router that sees later tokens. layers: where routed layers differ
+    from each other.
     """
 
     num_experts: Count = 8
@@ -88,6 +86,7 @@ class MoEConfig(Section):
     losses: tuple[LossConfig, ...] = Field(
         default=({"name": "load_balancing"}, {"name": "router_z_loss"}), validate_default=True
     )
+    layers: tuple[LayerOverride, ...] = ()
 
     @property
     def num_choices(self) -> int:
@@ -140,11 +139,14 @@ class ModelConfig(Section):
         A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
         multiplies those of its K (or mean number of) routed experts, of l in place of D with
         latent_size, its shared ones and the gate of these, the D E of its router and the 2 D l
-        around latent experts.
+        around latent experts. Where routed layers differ, the mean over them.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
             return moe.dense_intermediate_size
+        if moe.layers:
+            widths = [config.dense_intermediate_size for config in self._routed_configs]
+            return round(sum(widths) / len(widths))
         shared = moe.num_shared_experts * self.shared_intermediate_size
         matrices = 3 if moe.experts.has_gate else 2
         routed = matrices * round(self.experts_per_token * moe.intermediate_size)
@@ -177,7 +179,9 @@ class ModelConfig(Section):
 
     @property
     def top_k(self) -> int:
-        """K, the router's; all its choices where it sets no bound."""
+        """K, the router's; all its choices where it sets no bound; the largest of any layer."""
+        if self.moe.layers:
+            return max(config.top_k for config in self._routed_configs)
         if not hasattr(self.moe.router, "top_k"):
             raise ValueError(
                 f"model.moe.router.name ({self.moe.router.name}): its Config must have top_k, the "
@@ -189,23 +193,84 @@ class ModelConfig(Section):
     @property
     def experts_per_token(self) -> float:
         """The mean over tokens: K, or what the router says where the number varies. Experts that
-        cost nothing do not count: with them, the mean where all choices are equally frequent."""
+        cost nothing do not count: with them, the mean where all choices are equally frequent. Where
+        layers differ, the mean over them."""
+        if self.moe.layers:
+            means = [config.experts_per_token for config in self._routed_configs]
+            return sum(means) / len(means)
         chosen = getattr(self.moe.router, "experts_per_token", self.top_k)
         return chosen * self.moe.num_experts / self.moe.num_choices
 
     @property
     def causal(self) -> bool:
         """Whether no token's experts depend on later tokens, in training too."""
+        if self.moe.layers:
+            return all(config.causal for config in self._routed_configs)
         router = self.moe.router
         return not self.moe_layers or (
             load_variant("routers", router.name).Router.causal and router.causal
         )
 
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses among: E and the experts that cost nothing; the most of any
+        layer."""
+        return max(config.moe.num_choices for config in self._routed_configs)
+
+    @property
+    def choices_of_layers(self) -> tuple[int, ...]:
+        """What the router of each routed layer chooses among."""
+        return tuple(self.at(layer).moe.num_choices for layer in self.moe_layers)
+
+    @property
+    def experts_of_layers(self) -> tuple[int, ...]:
+        """E of each routed layer."""
+        return tuple(self.at(layer).moe.num_experts for layer in self.moe_layers)
+
+    @property
+    def top_k_of_layers(self) -> tuple[int, ...]:
+        """K of each routed layer."""
+        return tuple(self.at(layer).top_k for layer in self.moe_layers)
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The config with `moe` as the routed block number `layer` has it: what that block is built
+        from, and asked where layers may differ. This very one where they do not."""
+        if not self.moe.layers or not self._is_routed(layer):
+            return self
+        override = self._override(layer)
+        settings = {} if override is None else self.moe.layers[override].settings
+        return self._with_moe(**settings, layers=())
+
+    def _with_moe(self, **settings: Any) -> "ModelConfig":
+        return self.model_copy(update={"moe": self.moe.model_copy(update=settings)})
+
+    def setting(self, name: str, layer: int) -> str:
+        """Where the config says `name` (such as num_experts) of the routed block number `layer`."""
+        override = self._override(layer)
+        if override is None or name not in self.moe.layers[override].settings:
+            return f"model.moe.{name}"
+        return f"model.moe.layers.{override}.{name}"
+
+    def _override(self, layer: int) -> int | None:
+        """Place in `moe.layers` of what a block has for itself."""
+        places = (place for place, each in enumerate(self.moe.layers) if layer in each.layers)
+        return next(places, None)
+
+    @property
+    def _routed_configs(self) -> tuple["ModelConfig", ...]:
+        """`at` of each layer that is routed, or is not as `feed_forward` is dense; this config
+        alone where layers do not differ."""
+        if not self.moe.layers:
+            return (self,)
+        return tuple(self.at(layer) for layer in range(self.num_layers) if self._is_routed(layer))
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
-        if self.feed_forward == "dense" or layer < self.moe.num_dense_layers:
-            return False
-        return (layer - self.moe.num_dense_layers + 1) % self.moe.moe_layer_every == 0
+        return self.feed_forward == "moe" and self._is_routed(layer)
+
+    def _is_routed(self, layer: int) -> bool:
+        above = layer - self.moe.num_dense_layers
+        return above >= 0 and (above + 1) % self.moe.moe_layer_every == 0
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -235,14 +300,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self):
         moe = self.moe
-        # First: it names the router's own setting, which need not be top_k.
-        moe.router.check_experts(moe.num_choices)
-        if self.top_k > moe.num_choices:
-            raise ValueError(
-                f"model.moe.router.top_k ({self.top_k}) must not exceed "
-                f"model.moe.num_experts ({moe.num_choices}"
-                f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
-            )
+        self._with_moe(layers=())._check_router()
         if self.feed_forward == "moe" and not self.moe_layers:
             raise ValueError(
                 f"model.moe.num_dense_layers ({moe.num_dense_layers}) and "
@@ -275,11 +333,6 @@ class ModelConfig(Section):
         if moe.num_shared_experts or len(self.moe_layers) < self.num_layers:
             # Raises where the experts are of a kind that cannot be dense.
             _ = self.activate
-        if not self.causal and not moe.allow_non_causal:
-            raise ValueError(
-                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
-                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
-            )
         if moe.drop_priority != "position":
             self._check_drop_priority()
         names = [loss.name for loss in moe.losses]
@@ -287,6 +340,40 @@ class ModelConfig(Section):
             if names.count(name) > 1:
                 raise ValueError(f"model.moe.losses names {name} twice; keep one line")
         return self
+
+    @model_validator(mode="after")
+    def _overrides_fit(self):
+        routed = {layer for layer in range(self.num_layers) if self._is_routed(layer)}
+        check_overrides(self.moe, self.moe.layers, routed)
+        for override in self.moe.layers:
+            self._check_router_at(override.layers[0])
+        return self
+
+    def _check_router_at(self, layer: int) -> None:
+        """`_check_router` of a block, in an error the settings by their place in this config."""
+        try:
+            self.at(layer)._check_router()
+        except ValueError as error:
+            names = r"\bmodel\.moe\.(num_experts|router)\b"
+            text = re.sub(names, lambda match: self.setting(match[1], layer), str(error))
+            raise ValueError(text) from error
+
+    def _check_router(self) -> None:
+        """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
+        moe = self.moe
+        # First: it names the router's own setting, which need not be top_k.
+        moe.router.check_experts(moe.num_choices)
+        if self.top_k > moe.num_choices:
+            raise ValueError(
+                f"model.moe.router.top_k ({self.top_k}) must not exceed "
+                f"model.moe.num_experts ({moe.num_choices}"
+                f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
+            )
+        if not self.causal and not moe.allow_non_causal:
+            raise ValueError(
+                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
+                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
+            )
 
     def _check_drop_priority(self) -> None:
         """ValueError on a drop_priority that has no effect or is not to be had."""

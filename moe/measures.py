@@ -13,6 +13,14 @@ from torch import Tensor
 from moe.routing import Routing
 
 # ---- the load: (..., E) counts -> (...,)
+#
+# Below 0 a count says that the layer has no such expert, as `moe.routing.stack_layers` has it.
+
+
+def _load_and_number(tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(..., E) counts, 0 where there is no expert, and (..., 1) the number of experts."""
+    number = (tokens_per_expert >= 0).sum(-1, keepdim=True)
+    return tokens_per_expert.clamp(min=0).to(dtype), number
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
@@ -22,8 +30,8 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
     Returns: (...,) float32; 0 where nothing was counted.
     Source: Wang et al., loss-free balancing, arXiv 2408.15664.
     """
-    load = tokens_per_expert.float()
-    mean = load.mean(-1)
+    load, number = _load_and_number(tokens_per_expert, torch.float32)
+    mean = load.sum(-1) / number.squeeze(-1)
     return torch.where(mean > 0, load.amax(-1) / mean.clamp(min=1e-9) - 1, 0.0)
 
 
@@ -34,20 +42,32 @@ def dead_experts(tokens_per_expert: Tensor) -> Tensor:
 
 def starved_experts(tokens_per_expert: Tensor) -> Tensor:
     """Number of experts with fewer than 0.1 of the mean assignments: (..., E) -> (...,)."""
-    load = tokens_per_expert.float()
-    return (load < 0.1 * load.mean(-1, keepdim=True)).sum(-1)
+    load, number = _load_and_number(tokens_per_expert, torch.float32)
+    mean = load.sum(-1, keepdim=True) / number
+    return ((load < 0.1 * mean) & (tokens_per_expert >= 0)).sum(-1)
+
+
+def least_assignments(tokens_per_expert: Tensor) -> Tensor:
+    """Assignments of the expert that has fewest: (..., E) int64 -> (...,)."""
+    most = torch.iinfo(tokens_per_expert.dtype).max
+    return tokens_per_expert.masked_fill(tokens_per_expert < 0, most).amin(-1)
 
 
 def effective_experts(tokens_per_expert: Tensor) -> Tensor:
     """exp(H(load)), from 1 (all to one expert) to E (uniform): (..., E) -> (...,)."""
-    share = tokens_per_expert / tokens_per_expert.sum(-1, keepdim=True).clamp(min=1)
+    load = tokens_per_expert.clamp(min=0)
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(share.float()).sum(-1).exp()
 
 
 def coefficient_of_variation(tokens_per_expert: Tensor) -> Tensor:
     """Standard deviation of the load over its mean, 0 at balance: (..., E) -> (...,)."""
-    load = tokens_per_expert.double()
-    return load.std(-1, correction=0) / load.mean(-1).clamp(min=1e-9)
+    load, number = _load_and_number(tokens_per_expert, torch.float64)
+    mean = load.sum(-1, keepdim=True) / number
+    # An expert that is not there deviates by 0, but is divided by.
+    spread = load.where(tokens_per_expert >= 0, mean).std(-1, correction=0)
+    spread = spread * (load.shape[-1] / number.squeeze(-1).double()).sqrt()
+    return spread / mean.squeeze(-1).clamp(min=1e-9)
 
 
 def gini(tokens_per_expert: Tensor) -> Tensor:
@@ -56,16 +76,17 @@ def gini(tokens_per_expert: Tensor) -> Tensor:
 
     sum_i (2 i - E - 1) c_i / (E sum c), the counts in rising order, i from 1.
     """
-    load = tokens_per_expert.double().sort(-1).values
-    num_experts = load.shape[-1]
-    rank = torch.arange(1, num_experts + 1, device=load.device, dtype=load.dtype)
-    weighted = ((2 * rank - num_experts - 1) * load).sum(-1)
-    return weighted / (num_experts * load.sum(-1)).clamp(min=1e-9)
+    load, number = _load_and_number(tokens_per_expert, torch.float64)
+    # In falling order, so that what is no expert comes last, and adds 0.
+    load = load.sort(-1, descending=True).values
+    behind = torch.arange(load.shape[-1], device=load.device, dtype=load.dtype)
+    weighted = ((number - 1 - 2 * behind) * load).sum(-1)
+    return weighted / (number.squeeze(-1) * load.sum(-1)).clamp(min=1e-9)
 
 
 def load_share(tokens_per_expert: Tensor) -> Tensor:
     """Each expert's share of the assignments: (..., E) -> (..., E); 0 where nothing was counted."""
-    load = tokens_per_expert.double()
+    load = tokens_per_expert.clamp(min=0).double()
     return load / load.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -191,7 +212,7 @@ def domain_expert_information(assignments: Tensor) -> Tensor:
     Args: assignments: (..., num_domains, E) counts.
     Returns: (...,) float64; 0 with fewer than two domains.
     """
-    joint = assignments.double()
+    joint = assignments.clamp(min=0).double()
     joint = joint / joint.sum((-2, -1), keepdim=True).clamp(min=1)
     domain, expert = joint.sum(-1), joint.sum(-2)
     entropy = torch.special.entr(domain).sum(-1)
@@ -210,7 +231,7 @@ def domain_divergence(assignments: Tensor) -> Tensor:
     Returns: (...,) float64; 0 with fewer than two domains.
     """
     share = load_share(assignments)
-    present = (assignments.sum(-1) > 0).double()
+    present = (assignments > 0).any(-1).double()
     number = present.sum(-1).clamp(min=1)
     mixture = share.sum(-2) / number.unsqueeze(-1)
     inside = torch.special.entr(share).sum(-1).sum(-1) / number

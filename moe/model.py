@@ -22,7 +22,7 @@ from moe.config import ModelConfig
 from moe.layer import DenseFeedForward, MoELayer, init_feed_forward
 from moe.losses import LossContext
 from moe.modules import RMSNorm
-from moe.routing import RouterContext, Routing
+from moe.routing import RouterContext, Routing, stack_layers
 from moe.variants import load_variant
 
 
@@ -79,7 +79,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(*norm)
         self.feed_forward: nn.Module
         if config.is_moe_layer(layer):
-            self.feed_forward = moe_layer(config)
+            self.feed_forward = moe_layer(config.at(layer))
         else:
             self.feed_forward = DenseFeedForward(config, config.dense_intermediate_size)
 
@@ -236,15 +236,16 @@ class MoETransformer(nn.Module):
                 f"routes has {len(routes)} layers, needs {len(config.moe_layers)}, one for each "
                 f"routed layer of the model"
             )
-        if not getattr(load_variant("routers", config.moe.router.name).Router, "replays", False):
-            raise ValueError(
-                f"model.moe.router.name ({config.moe.router.name}) cannot replay routes: its "
-                f"Router does not say `replays = True`"
-            )
-        wanted = *context.batch_shape, config.top_k
         for layer, chosen in zip(config.moe_layers, routes, strict=True):
             if chosen is None:
                 continue
+            name = config.at(layer).moe.router.name
+            if not getattr(load_variant("routers", name).Router, "replays", False):
+                raise ValueError(
+                    f"{config.setting('router', layer)}.name ({name}) cannot replay routes: its "
+                    f"Router does not say `replays = True`"
+                )
+            wanted = *context.batch_shape, config.at(layer).top_k
             if tuple(chosen.shape) != wanted:
                 raise ValueError(
                     f"routes of layer {layer} are {tuple(chosen.shape)}, need {wanted} (B, S, K)"
@@ -287,12 +288,16 @@ class MoETransformer(nn.Module):
             return ()
         counts = None if totals is None else totals.tokens_per_expert  # (L, E)
         if totals is not None and counts is None:
-            counts = torch.stack([routing.demand for routing in routings])
+            counts = stack_layers([routing.demand for routing in routings])
             if totals.counts_so_far is not None:
                 counts = counts + totals.counts_so_far
             if totals.sum_over_ranks is not None:
                 counts = totals.sum_over_ranks(counts)
-        loads = [None] * len(routings) if counts is None else list(counts)
+        loads: list[Tensor | None] = [None] * len(routings)
+        if counts is not None:
+            loads = [
+                load[: len(routing.demand)] for load, routing in zip(counts, routings, strict=True)
+            ]
         values = []
         for config in self.config.moe.losses:
             compute = load_variant("losses", config.name).loss
@@ -303,9 +308,12 @@ class MoETransformer(nn.Module):
                 )
             ]
             values.append(torch.stack(per_layer).mean())
-        penalties = [routing.penalty for routing in routings if routing.penalty is not None]
-        if penalties:
-            values.append(torch.stack(penalties).mean())
+        penalties = [routing.penalty for routing in routings]
+        found = [penalty for penalty in penalties if penalty is not None]
+        if found:
+            none = torch.zeros_like(found[0])
+            each = [none if penalty is None else penalty for penalty in penalties]
+            values.append(torch.stack(each).mean())
         return tuple(values)
 
     def _with_loss(
@@ -410,14 +418,14 @@ def num_parameters(model: MoETransformer) -> ParameterCount:
     table = model.embedding.weight.numel()
     if not config.tie_embeddings:
         active -= table
-    for block in model.transformer_blocks():
-        layer = block.feed_forward
+    for number, block in enumerate(model.transformer_blocks()):
+        layer, here = block.feed_forward, config.at(number)
         if isinstance(layer, MoELayer):
             held = sum(p.numel() for p in layer.experts.parameters())
             expert = held // layer.num_local_experts
-            experts += expert * config.moe.num_experts
-            total += expert * config.moe.num_experts - held
-            active += round(expert * config.experts_per_token) - held
+            experts += expert * here.moe.num_experts
+            total += expert * here.moe.num_experts - held
+            active += round(expert * here.experts_per_token) - held
     embedding = table if config.tie_embeddings else table + model.head.weight.numel()
     return ParameterCount(total, active, embedding, experts)
 

@@ -4,10 +4,11 @@ Routing facts are returned, never stored on a module: so counts stay right under
 checkpointing, evaluation and gradient accumulation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The increment of SplitMix64: its multiples differ in high and low bits alike.
@@ -166,6 +167,30 @@ def assignments_per_expert(topk_indices: Tensor, num_experts: int) -> Tensor:
     slot = topk_indices.reshape(-1) + 1  # (T * K,), 0 for no assignment
     counts = slot.new_zeros(num_experts + 1)
     return counts.index_add_(0, slot, slot.new_ones(1).expand_as(slot))[1:]
+
+
+# ---- several layers in one tensor; their numbers of experts and choices may differ
+
+
+def stack_layers(tensors: Sequence[Tensor], dim: int = 0, fill: float = -1) -> Tensor:
+    """One tensor of what each layer has: the last dimension is the longest one's.
+
+    Args:
+        tensors: L of them, counts (..., E) or routes (..., K), each of its own E or K.
+        dim: the place of L in the result.
+        fill: what stands behind the last expert or choice of a layer: -1 in counts is no expert,
+            and stays below 0 in every sum; -1 in routes is no assignment.
+    """
+    longest = max(each.shape[-1] for each in tensors)
+    padded = [F.pad(each, (0, longest - each.shape[-1]), value=fill) for each in tensors]
+    return torch.stack(padded, dim)
+
+
+def zero_counts(num_experts: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """(L, E) int64 counts of layers with these numbers of experts: 0, and -1 for no expert."""
+    expert = torch.arange(max(num_experts, default=1), device=device)
+    number = torch.tensor(num_experts, dtype=torch.int64, device=device)
+    return -(expert >= number.unsqueeze(-1)).long()
 
 
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:

@@ -54,6 +54,12 @@ Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 Real = Annotated[float, BeforeValidator(no_boolean)]
 
 
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
 class VariantConfig(BaseModel):
     """Base of every variant's `Config`: its file's name, and settings of its own."""
 

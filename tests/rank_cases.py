@@ -213,6 +213,6 @@ def gathered_gradients(engine: Any) -> dict[str, Any]:
     for number, part in enumerate(held_parts(engine.engine, engine.stage)):
         gradient = gradient_of(engine.stage, part)
         if gradient is not None and engine._writes(part, number):
-            for name, start, values in split_part(part, engine._first_expert, gradient):
+            for name, start, values in split_part(part, gradient):
                 found[f"{name}@{start}"] = values
     return _gathered(engine, {"model": found})["model"]

@@ -1,6 +1,7 @@
 """Does every picture show the numbers it was given, and can it be read, whatever their shape?"""
 
 import itertools
+import math
 import warnings
 
 import matplotlib
@@ -104,6 +105,23 @@ def test_each_cell_of_the_load_map_has_the_color_of_its_number(num_experts):
     pixels = render(load_heat_map(counts, (1, 2, 3, 5, 8)))
     found = cell_colors(pixels, boxes(pixels)[0], 5, num_experts)
     assert_same_colors(found, expected_colors(share_of(counts), "RdBu_r", 0, 1, 4))
+
+
+def test_where_a_layer_has_no_such_expert_the_maps_are_grey():
+    """And its share is of the experts that it has."""
+    counts = torch.tensor([[5, 10, 15, -1, -1], [2, 2, 2, 2, 2], [3, 9, 0, 12, -40]])
+    pixels = render(load_heat_map(counts, (0, 1, 2)))
+    found = cell_colors(pixels, boxes(pixels)[0], 3, 5)
+    even = [[0.5, 1, 1.5, 0, 0], [1, 1, 1, 1, 1], [0.5, 1.5, 0, 2, 0]]
+    expected = expected_colors(even, "RdBu_r", 0, 1, 4)
+    expected[(counts < 0).numpy()] = GREY
+    assert_same_colors(found, expected)
+    bias = torch.tensor([[0.5, -0.5, math.nan], [math.nan] * 3])
+    pixels = render(bias_map(bias, (0, 1)))
+    found = cell_colors(pixels, boxes(pixels)[0], 2, 3)
+    expected = expected_colors(bias.nan_to_num(0), "PuOr_r", -0.5, 0, 0.5)
+    expected[bias.isnan().numpy()] = GREY
+    assert_same_colors(found, expected)
 
 
 @pytest.mark.parametrize("num_experts", EXPERTS)

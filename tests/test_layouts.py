@@ -70,8 +70,8 @@ def test_ranks_hold_what_was_planned():
 
 
 def test_sizes_divide_ranks_and_experts():
-    assert possible_sizes(num_experts=12, world_size=8) == [1, 2, 4]
-    assert possible_sizes(num_experts=7, world_size=4) == [1]
+    assert possible_sizes([12], world_size=8) == [1, 2, 4]
+    assert possible_sizes([7], world_size=4) == [1]
 
 
 def test_a_rank_sends_its_rows_to_the_others():

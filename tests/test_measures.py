@@ -16,6 +16,7 @@ from moe.measures import (
     effective_experts,
     first_choice,
     gini,
+    least_assignments,
     load_share,
     max_violation,
     repeats,
@@ -24,7 +25,7 @@ from moe.measures import (
     starved_experts,
     vocabulary_specialisation,
 )
-from moe.routing import make_routing
+from moe.routing import make_routing, stack_layers, zero_counts
 
 # A layer a row: balanced, skewed (mean 10), collapsed, nothing counted.
 LOADS = torch.tensor([[10, 10, 10, 10], [25, 14, 1, 0], [40, 0, 0, 0], [0, 0, 0, 0]])
@@ -56,6 +57,58 @@ def test_spread_of_the_load_by_hand():
     assert gini(LOADS).tolist() == pytest.approx([0, pairs, 0.75, 0], rel=1e-12)
     assert load_share(LOADS)[1].tolist() == [0.625, 0.35, 0.025, 0]
     assert load_share(LOADS)[3].tolist() == [0, 0, 0, 0]
+
+
+def test_measures_are_of_the_experts_that_a_layer_has():
+    """Below 0, whatever a sum has made of it, there is no such expert."""
+    rows = [[10, 10, 10, 10], [25, 14, 1], [40, 0], [0, 0, 0, 7], [0, 0]]
+    loads = stack_layers([torch.tensor(row) for row in rows])
+    assert (loads < 0).sum(-1).tolist() == [0, 1, 2, 0, 2]
+    loads = torch.where(loads < 0, 7 * loads, loads)
+    expected = {
+        name: [] for name in ("violation", "dead", "starved", "effective", "spread", "gini")
+    }
+    for row in map(np.array, rows):
+        mean, total = row.mean(), max(row.sum(), 1)
+        expected["violation"].append(row.max() / mean - 1 if mean else 0)
+        expected["dead"].append((row == 0).sum())
+        expected["starved"].append((row < 0.1 * mean).sum())
+        share = row[row > 0] / total
+        expected["effective"].append(np.exp(-(share * np.log(share)).sum()))
+        expected["spread"].append(row.std() / mean if mean else 0)
+        differences = np.abs(np.subtract.outer(row, row)).mean()
+        expected["gini"].append(differences / 2 / mean if mean else 0)
+        pad = [0] * (4 - len(row))
+        assert load_share(loads)[len(expected["gini"]) - 1].tolist() == [*(row / total), *pad]
+    assert max_violation(loads).tolist() == pytest.approx(expected["violation"], rel=1e-6)
+    assert dead_experts(loads).tolist() == expected["dead"]
+    assert starved_experts(loads).tolist() == expected["starved"]
+    assert effective_experts(loads).tolist() == pytest.approx(expected["effective"], rel=1e-6)
+    assert coefficient_of_variation(loads).tolist() == pytest.approx(expected["spread"], rel=1e-12)
+    assert gini(loads).tolist() == pytest.approx(expected["gini"], rel=1e-12)
+    assert least_assignments(loads).tolist() == [min(row) for row in rows]
+
+
+def test_domains_are_told_apart_by_the_experts_that_a_layer_has():
+    domains = torch.tensor([[6, 2, 1], [1, 0, 5], [0, 0, 0]])
+    absent = torch.full((3, 2), -9)
+    padded = torch.cat([domains, absent], 1)
+    joint = domains.numpy() / domains.sum().item()
+    independent = joint.sum(1, keepdims=True) * joint.sum(0)
+    used = joint > 0
+    mutual = (joint[used] * np.log(joint[used] / independent[used])).sum()
+    of_domain = joint.sum(1)[:2]
+    information = mutual / -(of_domain * np.log(of_domain)).sum()
+    assert float(domain_expert_information(padded)) == pytest.approx(information, rel=1e-9)
+    shares = domains.numpy()[:2] / domains.numpy()[:2].sum(1, keepdims=True)
+    entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (*shares, shares.mean(0))]
+    divergence = entropies[2] - np.mean(entropies[:2])
+    assert float(domain_divergence(padded)) == pytest.approx(divergence, rel=1e-9)
+
+
+def test_zero_counts_say_where_there_is_no_expert():
+    assert zero_counts((2, 4, 3)).tolist() == [[0, 0, -1, -1], [0, 0, 0, 0], [0, 0, 0, -1]]
+    assert zero_counts(()).shape[0] == 0
 
 
 def test_router_measures_by_hand():

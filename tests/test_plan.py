@@ -41,6 +41,22 @@ def experts(name: str, *, latent: bool = False, **settings: Any) -> dict[str, An
     return {"model.moe": moe | ({"latent_size": 24} if latent else {})}
 
 
+# The last one is hashed; the first dense one has the width of the mean of the others.
+LAYERS = {
+    "model.moe": {
+        **WIDE["model.moe"],
+        "num_dense_layers": 1,
+        "layers": [
+            {
+                "layers": [2],
+                "num_experts": 12,
+                "intermediate_size": 48,
+                "router": {"name": "hash", "top_k": 3},
+            }
+        ],
+    }
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "bfloat16": {"training.precision": "bfloat16"},
@@ -77,6 +93,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "latent, GEGLU": experts("geglu", latent=True),
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
+    "layers that differ": LAYERS,
+    "layers that differ in bfloat16": LAYERS | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
 }
 
@@ -141,7 +159,16 @@ def test_with_recomputation_blocks_keep_their_input_and_one_is_computed_again(tm
 
 @pytest.mark.parametrize(
     "case",
-    ["as it is", "dense", "fine experts", "tied", "GEGLU", "shared and dense of GELU", "latent"],
+    [
+        "as it is",
+        "dense",
+        "fine experts",
+        "layers that differ",
+        "tied",
+        "GEGLU",
+        "shared and dense of GELU",
+        "latent",
+    ],
 )
 def test_parameters_and_flops_are_those_of_a_real_model(case, tmp_path):
     # Short sequences: attention computes whole blocks of keys, the formula the causal half.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_cases import gathered_gradients, gathered_state, run_ranks
 from torch import Tensor
-from training_cases import data, make_config
+from training_cases import MIXED, data, make_config
 
 from train.config import RunConfig
 from train.packing import IGNORE, Batch, TrainLoader
@@ -90,7 +90,7 @@ def covering_cases(world: int) -> list[dict[str, Any]]:
 def other_models() -> list[dict[str, Any]]:
     """Models in which a parameter is shared, or none is an expert, and bfloat16; experts that have
     no w3, which DeepSpeed's own code names, and no fused kernel, that cost nothing, or that drop
-    tokens; latent ones and gated shared ones; two ranks."""
+    tokens; latent ones and gated shared ones; layers that differ; two ranks."""
     tied = {"model.tie_embeddings": True}
     dense = {"model.feed_forward": "dense", "model.moe": ...}
     half = {"training.precision": "bfloat16"}
@@ -111,6 +111,7 @@ def other_models() -> list[dict[str, Any]]:
             (gated, 2, (3,)),
             (costless, 2, (1, 3)),
             (bounded, 2, (1,)),
+            (MIXED, 2, (0, 1, 3)),
         )
         for stage in stages
     ]

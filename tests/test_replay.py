@@ -133,4 +133,4 @@ def test_a_router_that_cannot_replay_is_named(monkeypatch):
     monkeypatch.setattr(load_variant("routers", "topk").Router, "replays", False)
     model = MoETransformer(tiny_config())
     with pytest.raises(ValueError, match=r"model.moe.router.name \(topk\) cannot replay"):
-        model(tokens(2, 20), routes=[None, None])
+        model(tokens(2, 20), routes=[None, torch.zeros(2, 20, 2).long()])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from training_cases import (
     EVALUATE_EVERY,
+    MIXED,
     NUM_STEPS,
     Recorder,
     at,
@@ -55,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
         "training.micro_batch_size": 1,
         "model.tie_embeddings": True,
     },
+    "layers that differ": MIXED,
+    "layers that differ, running counts": MIXED | {"model.moe.losses": RUNNING},
     "bfloat16": {"training.precision": "bfloat16", "model.moe.num_dense_layers": 1},
 }
 

@@ -510,4 +510,7 @@ def test_a_recording_that_names_experts_which_there_are_not_is_refused(tmp_path,
     share[0, 0, 0, 0] = 99
     recording.write(0, 0, share)
     assert run(tmp_path / "run", CALM | replay(folder)) == 3
-    assert "step 1 names experts from 0 to 99, must be -1 (none) to 3; record again" in noted()
+    assert (
+        "step 1, layer 0, names experts from 0 to 99, must be -1 (none) to 3; record again"
+        in noted()
+    )

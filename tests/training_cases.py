@@ -38,6 +38,20 @@ from train.tokenizer import with_vocab_size
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 8
 EVALUATE_EVERY = 3
+# Layers of 4, 8 and 6 experts, 1, 2 and 3 of them a token, that differ in width and router.
+MIXED: dict[str, Any] = {
+    "model.num_layers": 3,
+    "model.moe.router": {"name": "topk", "top_k": 1, "normalize": False},
+    "model.moe.layers": [
+        {"layers": [1], "num_experts": 8, "intermediate_size": 24, "router": {"name": "hash"}},
+        {
+            "layers": [2],
+            "num_experts": 6,
+            "intermediate_size": 8,
+            "router": {"name": "topk", "top_k": 3, "bias_update_rate": 0.02},
+        },
+    ],
+}
 
 
 @cache

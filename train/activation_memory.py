@@ -42,11 +42,11 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     training, hidden = config.training, model.hidden_size
     tokens = config.micro_batch_size * training.seq_len
     blocks = [
-        tokens * _attention_bytes(model, training.seq_len, compute_bytes)
-        + tokens * _feed_forward_bytes(model, layer, compute_bytes)
-        + _weight_copy_bytes(model, layer, compute_bytes)
-        + _padding_bytes(model, layer, tokens, compute_bytes)
-        for layer in range(model.num_layers)
+        tokens * _attention_bytes(here, training.seq_len, compute_bytes)
+        + tokens * _feed_forward_bytes(here, layer, compute_bytes)
+        + _weight_copy_bytes(here, layer, compute_bytes)
+        + _padding_bytes(here, layer, tokens, compute_bytes)
+        for layer, here in enumerate(map(model.at, range(model.num_layers)))
     ]
     kept = sum(blocks)
     if training.activation_checkpointing:

@@ -53,7 +53,10 @@ class Alarms:
 
     def __init__(self, model: ModelConfig):
         self.layers = model.moe_layers
-        self.num_experts, self.top_k = model.moe.num_experts, model.top_k
+        self._most_experts = model.num_choices
+        # Of each layer.
+        self.num_experts = model.choices_of_layers
+        self.top_k = model.top_k_of_layers
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._first_loss = math.inf
         self._diverged_steps = 0
@@ -80,7 +83,7 @@ class Alarms:
         """For a checkpoint: a run that goes on raises what it would have raised, and no more. But
         for slow ranks: there may be others then."""
         layers = len(self.layers)
-        dead = torch.zeros(layers, self.num_experts, dtype=torch.bool)
+        dead = torch.zeros(layers, self._most_experts, dtype=torch.bool)
         flags = torch.zeros(2, layers, dtype=torch.bool)
         for kind, *where in self._raised:
             if kind == "dead expert":
@@ -155,21 +158,24 @@ class Alarms:
         return _alarm("divergence", metrics.step, text)
 
     def _collapses(self, step: int, window: LoadWindow) -> list[Alarm]:
-        if len(window) < COLLAPSE_STEPS or self.num_experts == self.top_k:
+        if len(window) < COLLAPSE_STEPS:
             return []
         load = window.last(COLLAPSE_STEPS)  # (L, E)
         alarms = []
-        room = COLLAPSE_SHARE * (self.num_experts - self.top_k)
         for index, effective in enumerate(effective_experts(load).tolist()):
-            key = "collapse", index
-            wrong, gone = effective < self.top_k + room, effective > self.top_k + 2 * room
+            num_experts, top_k = self.num_experts[index], self.top_k[index]
+            if num_experts == top_k:
+                continue
+            key, own = ("collapse", index), load[index, :num_experts]
+            room = COLLAPSE_SHARE * (num_experts - top_k)
+            wrong, gone = effective < top_k + room, effective > top_k + 2 * room
             # A layer without any assignment has nothing that could have collapsed.
-            wrong = wrong and bool(load[index].sum())
+            wrong = wrong and bool(own.sum())
             if self._begins(key, wrong, gone=gone):
-                share = load[index] / load[index].sum()
-                hottest = share.topk(self.top_k).indices.tolist()
+                share = own / own.sum()
+                hottest = share.topk(top_k).indices.tolist()
                 text = (
-                    f"layer {self.layers[index]} uses {effective:.1f} of {self.num_experts} "
+                    f"layer {self.layers[index]} uses {effective:.1f} of {num_experts} "
                     f"experts over the last {COLLAPSE_STEPS} steps, most of all "
                     f"{_experts(hottest)} ({float(share[hottest].sum()):.0%} of the assignments)"
                 )
@@ -180,15 +186,16 @@ class Alarms:
         if len(window) < WINDOW_STEPS:
             return []
         load, alarms = window.last(WINDOW_STEPS), []
-        enough = (load.double().mean(-1) >= LEAST_EXPECTED).tolist()
-        for index in range(len(self.layers)):
+        for index, num_experts in enumerate(self.num_experts):
+            own = load[index, :num_experts]
+            enough = float(own.double().mean()) >= LEAST_EXPECTED
             # Its dead experts are looked at when it has spread out again.
             if ("collapse", index) in self._raised:
                 continue
             new = [
                 expert
-                for expert, count in enumerate(load[index].tolist())
-                if self._begins(("dead expert", index, expert), count == 0 and enough[index])
+                for expert, count in enumerate(own.tolist())
+                if self._begins(("dead expert", index, expert), count == 0 and enough)
             ]
             if new:
                 text = (
@@ -199,7 +206,7 @@ class Alarms:
         return alarms
 
     def _drop_spikes(self, metrics: StepMetrics) -> list[Alarm]:
-        kept = metrics.tokens_per_expert.sum(-1)
+        kept = metrics.tokens_per_expert.clamp(min=0).sum(-1)
         shares = (metrics.num_dropped / (kept + metrics.num_dropped).clamp(min=1)).tolist()
         alarms, before = [], list(self._dropped)
         if len(before) >= SPIKE_LEAST:

@@ -21,6 +21,7 @@ from moe.measures import (
     vocabulary_specialisation,
 )
 from moe.model import MoETransformer
+from moe.routing import stack_layers
 from train.analysis_text import HeldOutText, Reading, num_labels, progress, read, sum_by_domain
 from train.packing import Batch
 from train.route_statistics import RouteStatistics, VocabularyCounts, frequent_tokens
@@ -120,8 +121,8 @@ class TextSample:
     def add(self, batch: Batch, reading: Reading) -> None:
         """Take from a batch what is still wanted."""
         size, seq_len = batch.input_ids.shape
-        experts = torch.stack([r.topk_indices for r in reading.routings], 1).cpu()  # (T, L, K)
-        weights = torch.stack([r.topk_weights for r in reading.routings], 1).cpu()
+        experts = stack_layers([r.topk_indices for r in reading.routings], 1).cpu()  # (T, L, K)
+        weights = stack_layers([r.topk_weights for r in reading.routings], 1, fill=0).cpu()
         for row in range(size):
             parts = self._parts.setdefault(int(batch.domain_ids[row]), [])
             wanted = min(seq_len, self._number - sum(len(ids) for ids, _, _ in parts))
@@ -204,7 +205,7 @@ def permuted_vocabulary(
 def layer_numbers(
     counts: RouteCounts, control: dict[str, VocabularyCounts]
 ) -> list[dict[str, Any]]:
-    """One mapping a routed layer: everything that is said of it in one number."""
+    """One mapping a routed layer: its experts, its router, and all that is said in one number."""
     statistics = counts.statistics
     load = statistics.load.sum(0)  # (L, E)
     by_layer = statistics.load.transpose(0, 1)  # (L, D, E)
@@ -231,15 +232,17 @@ def layer_numbers(
                 vocabulary.assignments, vocabulary.occurrences, LEAST_OCCURRENCES
             )
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    return [
-        {"layer": layer, **dict(zip(columns, row, strict=True))}
-        for layer, row in zip(counts.config.moe_layers, rows, strict=True)
-    ]
+    numbers = []
+    for layer, row in zip(counts.config.moe_layers, rows, strict=True):
+        here = counts.config.at(layer)
+        shape = {"num_experts": here.moe.num_choices, "top_k": here.top_k}
+        of_layer = {"layer": layer, **shape, "router": here.moe.router.name}
+        numbers.append(of_layer | dict(zip(columns, row, strict=True)))
+    return numbers
 
 
 def top_tokens(counts: RouteCounts) -> dict[str, list[list[list[dict[str, Any]]]]]:
     """By role, layer and expert: the tokens with the largest share of their occurrences there."""
-    layers, experts = counts.statistics.load.shape[1:]
     return {
         role: [
             [
@@ -247,9 +250,9 @@ def top_tokens(counts: RouteCounts) -> dict[str, list[list[list[dict[str, Any]]]
                     token._asdict()
                     for token in found.top_tokens(layer, expert, NUM_TOP_TOKENS, LEAST_OCCURRENCES)
                 ]
-                for expert in range(experts)
+                for expert in range(number)
             ]
-            for layer in range(layers)
+            for layer, number in enumerate(found.num_experts)
         ]
         for role, found in counts.vocabulary.items()
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe.model import MoETransformer, num_parameters
 from moe.variants import load_variant
@@ -46,6 +47,7 @@ from train.run_directory import (
     sync_directory,
 )
 from train.saturation import COMPARED_TOKENS, compare_checkpoints, training_curve
+from train.status import format_layers
 from train.token_text import running_text, token_name
 
 # Of analysis.json; changes when a reader of the old one would go wrong.
@@ -227,7 +229,6 @@ def _facts(
 ) -> dict[str, Any]:
     """What was analysed, and on what."""
     size = num_parameters(model)
-    moe = config.model.moe
     return {
         "run": str(options.run),
         "step": step,
@@ -238,10 +239,13 @@ def _facts(
         "model": {
             "num_layers": config.model.num_layers,
             "moe_layers": list(config.model.moe_layers),
-            "num_experts": moe.num_experts,
+            # The largest of any layer; `layers` has those of each.
+            "num_experts": config.model.num_choices,
             "top_k": config.model.top_k,
-            "num_shared_experts": moe.num_shared_experts,
-            "router": moe.router.name,
+            "num_shared_experts": config.model.moe.num_shared_experts,
+            "router": format_layers(
+                config.model.at(layer).moe.router.name for layer in config.model.moe_layers
+            ),
             "hidden_size": config.model.hidden_size,
             "vocab_size": config.model.vocab_size,
             "parameters": size.total,
@@ -255,16 +259,23 @@ def _counted(counts: RouteCounts, data: PreparedData) -> dict[str, Any]:
     present = [index for index, number in enumerate(counts.tokens.tolist()) if number]
     names = [data.domain_names[index] for index in present]
     loss = (counts.losses / counts.labels.clamp(min=1))[present].tolist()
-    statistics = counts.statistics
-    pairs = statistics.co_activation.long().tolist() if counts.config.top_k > 1 else None
+    statistics, model = counts.statistics, counts.config
+    num_experts, top_k = model.choices_of_layers, model.top_k_of_layers
+    pairs = [
+        together[:number, :number].long().tolist() if k > 1 else None
+        for together, number, k in zip(statistics.co_activation, num_experts, top_k, strict=True)
+    ]
+    load = statistics.load[present].transpose(0, 1)  # (L, domains, E)
+    by_layer = [each[:, :number].tolist() for each, number in zip(load, num_experts, strict=True)]
     return {
         "domains": names,
         "tokens": dict(zip(names, counts.tokens[present].tolist(), strict=True)),
         "predicted_tokens": dict(zip(names, counts.labels[present].long().tolist(), strict=True)),
         "loss": {"domains": dict(zip(names, loss, strict=True)), "mean": sum(loss) / len(loss)},
-        # (domains, layers, experts), and (layers, experts, experts).
-        "load": statistics.load[present].tolist(),
-        "co_activation_counts": pairs,
+        # (domains, layers, experts), and (layers, experts, experts), of each layer's own experts;
+        # null where a token has one expert.
+        "load": [list(each) for each in zip(*by_layer, strict=True)],
+        "co_activation_counts": pairs if any(pairs) else None,
     }
 
 
@@ -285,20 +296,24 @@ def _ablation(
     tokens: int, config: RunConfig, data: PreparedData, model: MoETransformer
 ) -> dict[str, Any]:
     """Rise of the loss without each expert, or why there is none: `skipped`."""
-    router = config.model.moe.router.name
     if not tokens:
         return {"skipped": "left out by --ablation-tokens 0"}
-    if not getattr(load_variant("routers", router).Router, "replays", False):
-        return {"skipped": f"the router {router} cannot take routes (it has no `replays = True`)"}
+    model_config = config.model
+    for router in (model_config.at(layer).moe.router.name for layer in model_config.moe_layers):
+        if not getattr(load_variant("routers", router).Router, "replays", False):
+            return {
+                "skipped": f"the router {router} cannot take routes (it has no `replays = True`)"
+            }
     each = tokens // len(data.domain_names)
     found = ablate_experts(model, HeldOutText(data, config, each, shorten=True))
     present = [index for index, number in enumerate(found.labels.tolist()) if number]
     names = [data.domain_names[index] for index in present]
     mean = found.mean_rise  # (L, E)
-    num_experts = mean.shape[1]
+    num_experts = model_config.choices_of_layers
+    places = [(layer, e) for layer, number in enumerate(num_experts) for e in range(number)]
+    places.sort(key=lambda place: -float(mean[place]))
     top = []
-    for place in mean.flatten().argsort(descending=True, stable=True)[:NUM_TOP_EXPERTS].tolist():
-        layer, expert = divmod(place, num_experts)
+    for layer, expert in places[:NUM_TOP_EXPERTS]:
         by_domain = found.rise[present, layer, expert].tolist()
         top.append(
             {
@@ -309,12 +324,17 @@ def _ablation(
                 "domain_rise": max(by_domain),
             }
         )
+
+    def own(values: Tensor) -> list[list[float]]:
+        """(L, E) without what is no expert of a layer."""
+        return [row[:number].tolist() for row, number in zip(values, num_experts, strict=True)]
+
     return {
         "predicted_tokens": int(found.labels.sum()),
         "loss": dict(zip(names, found.loss[present].tolist(), strict=True)),
-        "assignments": found.assignments.tolist(),
-        "rise": mean.tolist(),
-        "rise_by_domain": dict(zip(names, found.rise[present].tolist(), strict=True)),
+        "assignments": own(found.assignments),
+        "rise": own(mean),
+        "rise_by_domain": dict(zip(names, map(own, found.rise[present]), strict=True)),
         "top_experts": top,
     }
 

@@ -41,6 +41,7 @@ from train.expert_parallel import (
 from train.fragments import (
     Part,
     fill,
+    first_experts,
     gradient_of,
     held_parts,
     local_shape,
@@ -52,7 +53,7 @@ from train.packing import Batch
 from train.program import first_line
 from train.ranks import Ranks, gather
 from train.run_directory import format_bytes
-from train.status import format_table
+from train.status import format_layers, format_table
 from train.stored_tensors import moments_by_key
 from train.work_clock import WorkClock
 
@@ -160,7 +161,6 @@ class DeepSpeedEngine:
         self.precision, self.kernels = precision, kernels
         self.groups, self.stage = groups, config.parallel.zero_stage
         self.clock = groups.clock
-        self._first_expert = groups.first_expert(config.model.moe.num_experts, ranks.rank)
         self.gradient_clip = config.optimizer.gradient_clip
         model.activation_checkpointing = config.training.activation_checkpointing
         param_groups = split_expert_groups(parameter_groups(model, config.optimizer))
@@ -184,14 +184,13 @@ class DeepSpeedEngine:
 
     def describe(self) -> str:
         """A table of the ranks: where each runs, which experts it holds, with whom it shares."""
-        config, size = self.model.config, self.groups.size
+        num_experts, size = self.model.config.experts_of_layers, self.groups.size
         held = sum(part.weights.numel() for part in held_parts(self.engine, self.stage))
         facts = self.gather((socket.gethostname(), str(self.device), held))
         rows = [("rank", "machine", "device", "experts", "tokens with", "optimizer's weights")]
         for rank, (machine, device, numbers) in enumerate(facts[:_MOST_ROWS]):
-            first = self.groups.first_expert(config.moe.num_experts, rank)
-            last = first + config.moe.num_experts // size - 1
-            experts = f"{first} to {last}" if config.moe_layers else "none"
+            firsts = [(self.groups.first_expert(n, rank), n // size) for n in num_experts]
+            experts = format_layers(f"{first} to {first + n - 1}" for first, n in firsts) or "none"
             peers = rank - rank % size
             sharing = f"ranks {peers} to {peers + size - 1}" if size > 1 else "nobody"
             weights = format_bytes(4 * numbers)
@@ -206,7 +205,7 @@ class DeepSpeedEngine:
             batch.labels.to(self.device, non_blocking=True),
             batch.document_ids.to(self.device, non_blocking=True),
             totals=totals,
-            routes=routes_of(batch, self.device),
+            routes=routes_of(batch, self.model.config, self.device),
             noise_seeds=batch.noise_seeds,
         )
 
@@ -293,7 +292,7 @@ class DeepSpeedEngine:
             fragment.name
             for part, values in parts
             if values is not None and not torch.isfinite(values).all()
-            for fragment in split_part(part, self._first_expert, values)
+            for fragment in split_part(part, values)
             if not torch.isfinite(fragment.values).all()
         ]
         found = {name for names in self.gather(here) for name in names}
@@ -307,7 +306,7 @@ class DeepSpeedEngine:
             if expert_name(name, 0) is None:
                 shapes[name] = shape
                 continue
-            for expert in range(self.model.config.moe.num_experts):
+            for expert in range(shape[0] * self.groups.size):
                 shapes[expert_name(name, expert) or name] = shape[1:]
         return shapes
 
@@ -317,11 +316,11 @@ class DeepSpeedEngine:
         for number, part in enumerate(held_parts(self.engine, self.stage)):
             if not self._writes(part, number):
                 continue
-            for name, start, values in split_part(part, self._first_expert, part.weights):
+            for name, start, values in split_part(part, part.weights):
                 weights[f"{name}@{start}"] = values
             for key, value in moments_of(self._optimizer, part).items():
                 if value.dim():
-                    for name, start, values in split_part(part, self._first_expert, value):
+                    for name, start, values in split_part(part, value):
                         moments[f"{name}:{key}@{start}"] = values
                 elif part.start == 0 and (self.groups.rank == 0 or not is_expert(part.parameter)):
                     moments[f"{part.name}:{key}"] = value
@@ -368,11 +367,13 @@ class DeepSpeedEngine:
             for name, value in buffers.items():
                 value.copy_(weights[name])
             if self.stage in (1, 2):
+                firsts = first_experts(self.model)
                 for whole_name, parameter in self.model.named_parameters():
-                    whole = Part(whole_name, parameter, 0, parameter.view(-1), parameter, 0)
-                    fill(whole, parameter.view(-1), weights, self._first_expert)
+                    first = firsts.get(whole_name, 0)
+                    whole = Part(whole_name, parameter, 0, parameter.view(-1), parameter, 0, first)
+                    fill(whole, parameter.view(-1), weights)
             for part in held_parts(self.engine, self.stage):
-                fill(part, part.weights, weights, self._first_expert)
+                fill(part, part.weights, weights)
                 if self.stage == 3:
                     held = part.parameter.ds_tensor.view(-1)[: part.weights.numel()]
                     held.copy_(part.weights)
@@ -389,4 +390,4 @@ class DeepSpeedEngine:
             if key not in state:
                 state[key] = torch.zeros_like(part.flat, requires_grad=False)
             values = moments_of(self._optimizer, part)[key]
-            fill(part, values, by_name, self._first_expert)
+            fill(part, values, by_name)

@@ -137,7 +137,7 @@ class PlainEngine:
                 batch.labels.to(self.device, non_blocking=True),
                 batch.document_ids.to(self.device, non_blocking=True),
                 totals=totals,
-                routes=routes_of(batch, self.device),
+                routes=routes_of(batch, self.model.config, self.device),
                 noise_seeds=batch.noise_seeds,
             )
 
@@ -244,11 +244,15 @@ class PlainEngine:
                 self.optimizer.state[parameters[name]][key] = value.clone().to(self.device)
 
 
-def routes_of(batch: Batch, device: torch.device) -> tuple[Tensor, ...] | None:
-    """The routes that a batch asks to replay, one (B, S, K) a routed layer."""
+def routes_of(batch: Batch, model: ModelConfig, device: torch.device) -> tuple[Tensor, ...] | None:
+    """The routes that a batch asks to replay, one (B, S, K) a routed layer, of its own K."""
     if batch.routes is None:
         return None
-    return tuple(batch.routes.to(device, non_blocking=True))
+    routes = batch.routes.to(device, non_blocking=True)  # (L, B, S, K), the largest K
+    return tuple(
+        chosen[..., : model.at(layer).top_k]
+        for layer, chosen in zip(model.moe_layers, routes, strict=True)
+    )
 
 
 def refuse_misfits(

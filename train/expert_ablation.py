@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from moe.model import MoETransformer
+from moe.routing import stack_layers
 from train.analysis_text import HeldOutText, num_labels, progress, read, sum_by_domain
 from train.packing import Batch
 
 
 class Ablation(NamedTuple):
-    """L routed layers, E experts.
+    """L routed layers, E experts, the most that a layer has; what is said of others is 0.
 
     rise: (domains, L, E) float64 nats per token that the loss of a domain rises by without the
     expert. loss: (domains,) with all experts. labels: (domains,) tokens that were predicted, 0
@@ -41,9 +42,9 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
     """
     config = model.config
     num_domains = len(text.data.domain_names)
-    layers, experts = len(config.moe_layers), config.moe.num_experts
+    layers, num_experts = len(config.moe_layers), config.choices_of_layers
     loss, labels = torch.zeros(2, num_domains, dtype=torch.float64)
-    assignments = torch.zeros(layers, experts, dtype=torch.int64)
+    assignments = torch.zeros(layers, config.num_choices, dtype=torch.int64)
     whole = []
     for batch in text.mixed_batches():
         reading = read(model, batch)
@@ -52,11 +53,12 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
         whole.append((batch, reading.losses, routes))
         loss += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
-        assignments += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
-    rise = torch.zeros(num_domains, layers, experts, dtype=torch.float64)
-    with progress("ablation", layers * experts, "experts") as done:
+        counts = [routing.tokens_per_expert for routing in reading.routings]
+        assignments += stack_layers(counts, fill=0).cpu()
+    rise = torch.zeros(num_domains, *assignments.shape, dtype=torch.float64)
+    with progress("ablation", sum(num_experts), "experts") as done:
         for layer in range(layers):
-            for expert in range(experts):
+            for expert in range(num_experts[layer]):
                 # Without a token, its absence cannot be noticed.
                 for batch, losses, routes in whole if assignments[layer, expert] else ():
                     without = read(model, batch, _routes_without(batch, routes, layer, expert))

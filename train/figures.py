@@ -37,7 +37,8 @@ def load_heat_map(tokens_per_expert: Tensor, layers: tuple[int, ...]) -> Figure:
     """Each expert's load as a multiple of an even share: one row a routed layer.
 
     Args:
-        tokens_per_expert: (L, E) counts. layers: (L,) numbers of the blocks.
+        tokens_per_expert: (L, E) counts; below 0, grey: no such expert in the layer.
+        layers: (L,) numbers of the blocks.
     """
     panel = Panel("load of each expert", LOAD.colors(_share(_numbers(tokens_per_expert))))
     return draw_maps([panel], _experts(tokens_per_expert.shape[-1]), _layers(layers), LOAD)
@@ -110,7 +111,8 @@ def bias_map(bias: Tensor, layers: tuple[int, ...]) -> Figure:
     absolute bias, rounded up.
 
     Args:
-        bias: (L, E) `expert_bias` of the routers. layers: (L,) numbers of the blocks.
+        bias: (L, E) `expert_bias` of the routers, NaN where there is none.
+        layers: (L,) numbers of the blocks.
     """
     numbers = _numbers(bias)
     limit = _round_up(float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)))
@@ -147,8 +149,10 @@ def _numbers(tensor: Tensor) -> np.ndarray:
 
 
 def _share(counts: np.ndarray) -> np.ndarray:
-    """Multiples of an even share over the last dimension; NaN where nothing was counted."""
-    mean = counts.mean(-1, keepdims=True)
+    """Multiples of an even share over the last dimension; NaN where nothing was counted, and where
+    there is no expert: below 0."""
+    counts = np.where(counts < 0, np.nan, counts)
+    mean = np.nanmean(counts, -1, keepdims=True)
     return counts / np.where(mean > 0, mean, np.nan)
 
 

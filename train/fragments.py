@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe.layer import MoELayer
 from train.expert_names import expert_name
 from train.stored_tensors import numbers_of
 
@@ -29,7 +30,8 @@ class Fragment(NamedTuple):
 
 class Part(NamedTuple):
     """This rank's part of one parameter: where it begins in the flattened parameter, the float32
-    weights, the flat tensor that the optimizer knows and where the part lies in that."""
+    weights, the flat tensor that the optimizer knows and where the part lies in that; of experts,
+    the global number of the first one in this process."""
 
     name: str
     parameter: Any
@@ -37,6 +39,17 @@ class Part(NamedTuple):
     weights: Tensor
     flat: Tensor
     offset: int
+    first_expert: int
+
+
+def first_experts(model: nn.Module) -> dict[str, int]:
+    """Global number of the first expert in this process, by parameter of experts."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer))
+    return {
+        f"{name}.experts.{parameter}": layer.first_expert
+        for name, layer in layers
+        for parameter, _ in layer.experts.named_parameters()
+    }
 
 
 def held_parts(engine: Any, stage: int) -> Iterator[Part]:
@@ -44,20 +57,22 @@ def held_parts(engine: Any, stage: int) -> Iterator[Part]:
 
     Args: engine: DeepSpeed's.
     """
+    firsts = first_experts(engine.module)
     for name, parameter in engine.module.named_parameters():
+        first = firsts.get(name, 0)
         if stage == 0:
             whole = parameter.data.view(-1)
-            yield Part(name, parameter, 0, whole, parameter, 0)
+            yield Part(name, parameter, 0, whole, parameter, 0, first)
         elif stage == 3:
-            yield from _partition(engine.optimizer, name, parameter)
+            yield from _partition(engine.optimizer, name, parameter, first)
         elif (mapping := parameter._hp_mapping) is not None:
             at = mapping.lp_fragment_address.start
             flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             offset = mapping.hp_fragment_address.start
-            yield Part(name, parameter, at, mapping.hp_fragment, flat, offset)
+            yield Part(name, parameter, at, mapping.hp_fragment, flat, offset, first)
 
 
-def _partition(optimizer: Any, name: str, parameter: Any) -> Iterator[Part]:
+def _partition(optimizer: Any, name: str, parameter: Any, first_expert: int) -> Iterator[Part]:
     """Stage 3: each rank of the parameter's group has an equal part; the last ones are padded."""
     size = parameter.partition_numel()
     start = size * optimizer._get_param_partition_rank(parameter)
@@ -65,7 +80,8 @@ def _partition(optimizer: Any, name: str, parameter: Any) -> Iterator[Part]:
     if held > 0:
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        yield Part(name, parameter, start, flat.narrow(0, offset, held), flat, offset)
+        weights = flat.narrow(0, offset, held)
+        yield Part(name, parameter, start, weights, flat, offset, first_expert)
 
 
 def gradient_of(stage: int, part: Part) -> Tensor | None:
@@ -95,11 +111,8 @@ def local_shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def split_part(part: Part, first_expert: int, values: Tensor) -> Iterator[Fragment]:
-    """`values` (n,) of a part, as fragments of single experts where the parameter is a stack.
-
-    Args: first_expert: global number of the first expert in this process.
-    """
+def split_part(part: Part, values: Tensor) -> Iterator[Fragment]:
+    """`values` (n,) of a part, as fragments of single experts where the parameter is a stack."""
     if expert_name(part.name, 0) is None:
         yield Fragment(part.name, part.start, values)
         return
@@ -107,12 +120,12 @@ def split_part(part: Part, first_expert: int, values: Tensor) -> Iterator[Fragme
     first, end = part.start, part.start + values.numel()
     for expert in range(first // size, -(-end // size)):
         begin, stop = max(first, expert * size), min(end, (expert + 1) * size)
-        name = expert_name(part.name, first_expert + expert)
+        name = expert_name(part.name, part.first_expert + expert)
         assert name is not None
         yield Fragment(name, begin - expert * size, values[begin - first : stop - first])
 
 
-def fill(part: Part, target: Tensor, tensors: Mapping[str, Tensor], first_expert: int) -> None:
+def fill(part: Part, target: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """Copy a part's numbers, from whole tensors, into `target` (n,)."""
-    for name, start, values in split_part(part, first_expert, target):
+    for name, start, values in split_part(part, target):
         values.copy_(numbers_of(tensors, name, start, start + values.numel()))

@@ -14,6 +14,8 @@ memory. Buckets are left out, and what stage 3 gathers: by DeepSpeed's defaults 
 gathered numbers (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe.config import ModelConfig
@@ -47,9 +49,11 @@ class Layout(NamedTuple):
         return state + self.activation_bytes - self.host_bytes
 
 
-def possible_sizes(num_experts: int, world_size: int) -> list[int]:
-    """Expert-parallel sizes that divide both."""
-    return [n for n in range(1, world_size + 1) if world_size % n == 0 == num_experts % n]
+def possible_sizes(num_experts: Sequence[int], world_size: int) -> list[int]:
+    """Expert-parallel sizes that divide the experts of every layer and the ranks; 1 without
+    experts."""
+    common = math.gcd(world_size, *num_experts) if num_experts else 1
+    return [size for size in range(1, common + 1) if common % size == 0]
 
 
 def plan_layouts(
@@ -71,7 +75,7 @@ def plan_layouts(
     micro_batch = config.training.batch_size // world_size // passes
     training = config.training.model_copy(update={"micro_batch_size": micro_batch})
     here = config.model_copy(update={"training": training})
-    sizes = possible_sizes(model.moe.num_experts, world_size) if model.moe_layers else [1]
+    sizes = possible_sizes(model.experts_of_layers, world_size)
     share = -(-count.total // world_size)
     layouts = []
     for size in sizes:
@@ -107,7 +111,7 @@ def _all_to_all_bytes(
     A row has D numbers, of latent experts l.
     """
     tokens = passes * config.micro_batch_size * config.training.seq_len
-    rows = tokens * model.top_k * len(model.moe_layers)
+    rows = tokens * sum(model.top_k_of_layers)
     messages = 4
     messages += 2 * config.training.activation_checkpointing
     messages += 2 * config.exact_counts_needed(passes)

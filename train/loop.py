@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moe.measures import dead_experts, max_violation
@@ -222,7 +221,8 @@ class Loop:
         if not metrics.skipped:
             self.window.add(load)
             self.load_history.add(load, step)
-        window = self.window.last(WINDOW_STEPS) if len(self.window) else torch.zeros_like(load)
+        # Zeros, but where a layer has no such expert.
+        window = self.window.last(WINDOW_STEPS) if len(self.window) else load.clamp(max=0)
         alarms = tuple(self.alarms.check(metrics, self.window))
         self.num_skipped += metrics.skipped
         self.num_alarms += len(alarms)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.measures import router_sums
-from moe.routing import Routing
+from moe.routing import Routing, stack_layers
 from moe.variants import load_variant
 
 # A dead expert got nothing over this many optimizer steps.
@@ -59,10 +59,11 @@ class StepMetrics(NamedTuple):
     """One optimizer step, summed over ranks and accumulation.
 
     lm_loss nats per token; aux_losses unweighted and aux_coefficients, what multiplied them in the
-    loss, both by name; gradient_norm before clipping; tokens_per_expert (L, E) and num_dropped (L,)
-    assignments, L routed layers; work_seconds (W,) of each rank's forward passes in the step before
-    (`WorkClock`); skipped: the step was not applied since something was inf or NaN; detail: None
-    where it was not asked for.
+    loss, both by name; gradient_norm before clipping; tokens_per_expert (L, E) assignments of L
+    routed layers, below 0 where a layer has no such expert, and num_dropped (L,) of those that were
+    dropped; work_seconds (W,) of each rank's forward passes in the step before (`WorkClock`);
+    skipped: the step was not applied since something was inf or NaN; detail: None where it was not
+    asked for.
     """
 
     step: int
@@ -82,7 +83,8 @@ class StepMetrics(NamedTuple):
 class RoutingSums(NamedTuple):
     """What a forward pass adds to the step's numbers about routing, L routed layers.
 
-    counts (L, E) int64 assignments, and dropped (L, E) those that a capacity took back.
+    counts (L, E) int64 assignments (below 0: no such expert in this layer), and dropped (L, E)
+    those that a capacity took back.
     logit_counts (L, LOGIT_BINS) int64 and tokens (6, L) float64, the sums of `RouterSums`, both
     without layers where they were not asked for; logit_max (L,).
     """
@@ -122,8 +124,8 @@ def routing_sums(
     if not routings:
         none = torch.zeros(0, 1, dtype=torch.int64, device=device)
         return RoutingSums(none, none, none, none.new_zeros(6, 0).double(), none[:, 0].double())
-    counts = torch.stack([routing.tokens_per_expert for routing in routings])
-    dropped = torch.stack([routing.num_dropped for routing in routings])
+    counts = stack_layers([routing.tokens_per_expert for routing in routings])
+    dropped = stack_layers([routing.num_dropped for routing in routings], fill=0)
     if not detail:
         none = counts.new_zeros(0, LOGIT_BINS)
         return RoutingSums(
@@ -166,9 +168,9 @@ def loss_weights(model: ModelConfig) -> dict[str, float]:
     weights = {}
     if model.moe_layers:
         weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
-        router = load_variant("routers", model.moe.router.name).Router
+        names = {model.at(layer).moe.router.name for layer in model.moe_layers}
         # A router of somebody's own may be any module.
-        if getattr(router, "penalizes", False):
+        if any(getattr(load_variant("routers", name).Router, "penalizes", False) for name in names):
             weights["router_penalty"] = 1.0
     if model.lm_z_loss_weight:
         weights["lm_z_loss"] = model.lm_z_loss_weight

@@ -26,6 +26,7 @@ from train.program import guarded
 from train.random_state import seed_all
 from train.rank_bench import RandomTokens
 from train.scalars import StepFacts
+from train.status import format_layers
 from train.step import read_step, router_biases, train_step
 from train.tokenizer import planned_vocab_size, with_vocab_size
 
@@ -95,7 +96,8 @@ def report(config: RunConfig, repeats: int) -> str:
     model, tokens = config.model, config.tokens_per_step
     lines = [
         f"One training step of {tokens:,} tokens: {model.num_layers} layers, "
-        f"D {model.hidden_size}, {model.moe.num_experts} experts, top-{model.top_k}; "
+        f"D {model.hidden_size}, {format_layers(model.experts_of_layers)} experts, "
+        f"top-{format_layers(model.top_k_of_layers)}; "
         f"{each.engine.precision} on {each.engine.device}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}. "
         f"Medians of {repeats} steps in turns.",

@@ -74,6 +74,7 @@ class MetricsWriter:
         self, run_dir: Path, config: RunConfig, first_step: int, warn: Callable[[str], None]
     ):
         self.layers = config.model.moe_layers
+        self._num_experts = config.model.choices_of_layers
         self._config, self._warn = config, warn
         self._directory = run_dir / "tensorboard"
         self._probe = ProbeRoutes(run_dir / "probe_routes")
@@ -172,7 +173,8 @@ class MetricsWriter:
             if facts.bias is not None:
                 self._add_figure("router/bias", bias_map(facts.bias, self.layers), step)
             for index, layer in enumerate(self.layers):
-                share = facts.window[index] / facts.window[index].float().mean().clamp(min=1e-9)
+                load = facts.window[index, : self._num_experts[index]]
+                share = load / load.float().mean().clamp(min=1e-9)
                 self._writer.add_histogram(f"load/share/{layer_tag(layer)}", share, step)
                 if metrics.detail is not None:
                     counts = metrics.detail.logit_counts[index]
@@ -231,16 +233,17 @@ class MetricsWriter:
         step: int,
     ) -> None:
         """A picture a layer: cards are narrow, and text in one of all would be unreadable."""
-        layer, model = self.layers[index], self._config.model
+        layer, number = self.layers[index], self._num_experts[index]
         tag = layer_tag(layer)
-        counts = evaluation.tokens_per_expert[:, index : index + 1]
+        counts = evaluation.tokens_per_expert[:, index : index + 1, :number]
         domains = domain_expert_map(counts, data.domain_names, (layer,))
         self._add_figure(f"specialisation/domains/{tag}", domains, step)
-        if model.top_k > 1:
-            together = co_activation_map(evaluation.co_activation[index], layer)
+        if self._config.model.at(layer).top_k > 1:
+            pairs = evaluation.co_activation[index, :number, :number]
+            together = co_activation_map(pairs, layer)
             self._add_figure(f"specialisation/co_activation/{tag}", together, step)
         if history.counts:
-            load = torch.stack([interval[index] for interval in history.counts])  # (N, E)
+            load = torch.stack([interval[index, :number] for interval in history.counts])  # (N, E)
             over_time = load_history(load, tuple(history.edges), layer)
             self._add_figure(f"load/history/{tag}", over_time, step)
 
@@ -313,7 +316,7 @@ def hyper_parameters(settings: Any, path: str = "") -> dict[str, bool | int | fl
 
 def token_table(vocabulary: VocabularyCounts, index: int, data: PreparedData) -> str:
     """The tokens that the experts of a layer like best, an expert a line."""
-    _, num_experts, _ = vocabulary.assignments.shape
+    num_experts = vocabulary.num_experts[index]
     lines = ["expert  tokens of which it got the largest share (of all their occurrences)"]
     for expert in range(min(num_experts, _TOP_EXPERTS)):
         tokens = vocabulary.top_tokens(index, expert, _TOP_TOKENS)

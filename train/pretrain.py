@@ -41,7 +41,7 @@ from train.ranks import (
 from train.routes import RunRoutes, check_routes, open_routes
 from train.run_directory import replace_file, storage_errors
 from train.run_state import identity, restore, run_state
-from train.status import StatusLine
+from train.status import StatusLine, format_layers
 from train.summary import render_summary, summarize
 from train.tokenizer import planned_vocab_size, with_vocab_size
 from train.validation import Evaluation, evaluate
@@ -378,7 +378,8 @@ def finish(
     """Write and print the summary, and where to look next."""
     with storage_errors(run_dir):
         replace_file(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    status.message("\n" + render_summary(summary, config.model.moe.num_experts) + "\n")
+    num_experts = format_layers(config.model.choices_of_layers)
+    status.message("\n" + render_summary(summary, num_experts) + "\n")
     if summary["layers"]:
         layers = tuple(row["layer"] for row in summary["layers"])
         figure = domain_expert_map(evaluation.tokens_per_expert, domain_names, layers)

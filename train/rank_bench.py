@@ -50,6 +50,7 @@ from train.run_directory import (
     replace_file,
     storage_errors,
 )
+from train.status import format_layers
 from train.step import read_step, train_step
 from train.tokenizer import planned_vocab_size, with_vocab_size
 from train.traffic import KINDS, counted
@@ -79,7 +80,7 @@ class RandomTokens:
 
 def layout_names(model: ModelConfig, world_size: int) -> list[str]:
     """Every layout of a number of ranks."""
-    sizes = possible_sizes(model.moe.num_experts, world_size) if model.moe_layers else [1]
+    sizes = possible_sizes(model.experts_of_layers, world_size)
     names = [f"{size}x{stage}" for size in sizes for stage in (0, 1, 2, 3)]
     return [PLAIN, *names] if world_size == 1 else names
 
@@ -241,8 +242,10 @@ def describe_shape(model: ModelConfig) -> str:
     """`4 layers, D 128, F 128, 32 experts, top-4, vocabulary 2,048`."""
     parts = [f"{model.num_layers} layers", f"D {model.hidden_size}"]
     if model.moe_layers:
-        parts += [f"F {model.moe.intermediate_size}", f"{model.moe.num_experts} experts"]
-        parts += [f"top-{model.top_k}"]
+        layers = [model.at(layer) for layer in model.moe_layers]
+        parts += [f"F {format_layers(each.moe.intermediate_size for each in layers)}"]
+        parts += [f"{format_layers(model.experts_of_layers)} experts"]
+        parts += [f"top-{format_layers(model.top_k_of_layers)}"]
     return ", ".join([*parts, f"vocabulary {model.vocab_size:,}"])
 
 

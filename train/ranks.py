@@ -113,19 +113,25 @@ def check_layout(config: RunConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: naming the settings.
     """
-    size, moe = config.parallel.expert_parallel_size, config.model.moe
+    size, model = config.parallel.expert_parallel_size, config.model
     problems = []
     if ranks.world_size % size:
         problems.append(
             f"parallel.expert_parallel_size ({size}) must divide the number of ranks "
             f"({ranks.world_size}); lower it, or start a multiple of {size} ranks"
         )
-    if config.model.moe_layers and moe.num_experts % size:
-        problems.append(
-            f"parallel.expert_parallel_size ({size}) must divide model.moe.num_experts "
-            f"({moe.num_experts}); change one of them"
-        )
-    if size > 1 and not config.model.moe_layers:
+    # Layers that share a setting are told of once.
+    num_experts = {
+        model.setting("num_experts", layer): model.at(layer).moe.num_experts
+        for layer in model.moe_layers
+    }
+    problems += [
+        f"parallel.expert_parallel_size ({size}) must divide {setting} ({number}); change one of "
+        f"them"
+        for setting, number in num_experts.items()
+        if number % size
+    ]
+    if size > 1 and not model.moe_layers:
         problems.append(
             f"parallel.expert_parallel_size ({size}) has no effect without routed experts "
             f"(model.feed_forward: dense); leave it out"

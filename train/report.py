@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.status import format_table
+from train.status import format_layers, format_table
 
 _FOLDER = Path(__file__).parent
 # In the order in which they are put into the page.
@@ -37,10 +37,11 @@ def render_html(analysis: dict[str, Any]) -> str:
 
 def describe(analysis: dict[str, Any]) -> str:
     """The table by layer in short, for a terminal."""
-    model, tokens = analysis["model"], sum(analysis["tokens"].values())
+    tokens = sum(analysis["tokens"].values())
     head = (
         f"{analysis['run']}, step {analysis['step']}: {tokens:,} tokens of held-out text, "
-        f"{model['num_experts']} experts, top-{model['top_k']}, loss "
+        f"{format_layers(row['num_experts'] for row in analysis['layers'])} experts, "
+        f"top-{format_layers(row['top_k'] for row in analysis['layers'])}, loss "
         f"{analysis['loss']['mean']:.4f} nats/token (mean over {len(analysis['domains'])} domains)"
     )
     rows = [["layer", "MaxVio", "effective", "dead", "domain info", "shuffled", "repeat rate"]]

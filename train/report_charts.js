@@ -149,8 +149,9 @@ function colourLegend(title, ticks, colour) {
     element("div", { className: "bar" }, gradient, ...names));
 }
 
-// A map of cells. chart: {rows, columns, rowTitle, columnTitle, rowName(r), columnName(c),
-// colour(r, c), tip(r, c), square}. Returns its node; node.redraw() after a change.
+// A map of cells. chart: {rows, columns, exists(r, c), rowTitle, columnTitle, rowName(r),
+// columnName(c), colour(r, c), tip(r, c), square}; a cell that does not exist stays empty. Returns
+// its node; node.redraw() after a change.
 function heatMap(chart) {
   const canvas = element("canvas");
   const box = element("div", {}, canvas);
@@ -184,6 +185,7 @@ function heatMap(chart) {
     const gap = Math.min(cellWidth, cellHeight) > 8 ? 1 : 0;
     for (let r = 0; r < chart.rows; r++) {
       for (let c = 0; c < chart.columns; c++) {
+        if (!chart.exists(r, c)) continue;
         context.fillStyle = chart.colour(r, c);
         const [x, y] = [left + c * cellWidth, top + r * cellHeight];
         context.fillRect(x, y, cellWidth - gap, cellHeight - gap);
@@ -220,7 +222,7 @@ function heatMap(chart) {
     const c = Math.floor((event.offsetX - place.left) / place.cellWidth);
     const r = Math.floor((event.offsetY - place.top) / place.cellHeight);
     const inside = c >= 0 && c < chart.columns && r >= 0 && r < chart.rows;
-    return inside ? chart.tip(r, c) : null;
+    return inside && chart.exists(r, c) ? chart.tip(r, c) : null;
   });
   redraws.push(draw);
   box.redraw = draw;
@@ -228,7 +230,7 @@ function heatMap(chart) {
 }
 
 // Lines over numbers x, from 0 to 1. chart: {x, xTitle, yTitle, series: [{name, values, colour(),
-// dashed}], base: [value, name] of a horizontal line}.
+// dashed}], base: [value, name] of a horizontal line, or null}.
 function lineChart(chart) {
   const svg = drawing("svg");
   const keys = element("div", { className: "legend" });
@@ -258,6 +260,7 @@ function lineChart(chart) {
     const middle = (top + bottom) / 2;
     const turned = { transform: `rotate(-90 14 ${middle})` };
     svg.append(label(14, middle, chart.yTitle, "middle", turned));
+    if (chart.base === null) return;
     const [base, name] = chart.base;
     svg.append(level(base, "stroke: var(--muted); stroke-dasharray: 2 4"));
     svg.append(label(width - right, yAt(base) - 5, name, "end"));

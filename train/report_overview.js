@@ -2,8 +2,17 @@
 
 const analysis = JSON.parse(document.getElementById("data").textContent);
 const { domains, layers, model } = analysis;
-const experts = range(model.num_experts);
 const layerNames = layers.map((row) => row.layer);
+// Layers may differ in their experts: those of one, the most that any has, and what each has.
+const expertsOf = (l) => range(layers[l].num_experts);
+const mostExperts = Math.max(...layers.map((row) => row.num_experts));
+const ofLayers = (key) => {
+  const values = [...new Set(layers.map((row) => row[key]))];
+  return values.length > 1 ? layers.map((row) => row[key]).join(" / ") : String(values[0]);
+};
+// K / E, or null where layers differ in it.
+const evenShares = new Set(layers.map((row) => row.top_k / row.num_experts));
+const evenShare = evenShares.size > 1 ? null : [...evenShares][0];
 const numTokens = sum(Object.values(analysis.tokens));
 
 const note = (text) => element("p", { className: "why", textContent: text });
@@ -91,7 +100,7 @@ function overview(body) {
     cards({
       "training tokens": whole(analysis.trained_tokens),
       "held-out tokens analysed": whole(numTokens),
-      "experts in each routed layer": `${model.num_experts}, top-${model.top_k}${shared}`,
+      "experts in each routed layer": `${ofLayers("num_experts")}, top-${ofLayers("top_k")}${shared}`,
       "layers, routed / all": `${layers.length} / ${model.num_layers}`,
       "million parameters, active / all":
         `${millions(model.active_parameters)} / ${millions(model.parameters)}`,

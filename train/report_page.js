@@ -1,6 +1,5 @@
 // The page: every section with its title and one sentence of explanation.
 
-const [K, E] = [model.top_k, model.num_experts];
 const { num_token_ids: numIds, least_occurrences: least } = analysis.vocabulary;
 const { predicted_tokens: ablated } = analysis.ablation;
 
@@ -11,8 +10,10 @@ const SECTIONS = [
     "The assignments that each expert got, in each layer: blue is less than an even share, red "
     + "is more."],
   ["domains", "Which experts read which domain", domainMap,
-    `The share of a domain's tokens that go to an expert; with K = ${K} of E = ${E} it is `
-    + `K/E = ${percent(K / E)} where routes know nothing of domains and the load is even.`],
+    "The share of a domain's tokens that go to an expert; with "
+    + `K = ${ofLayers("top_k")} of E = ${ofLayers("num_experts")} it is `
+    + `K/E${evenShare === null ? "" : ` = ${percent(evenShare)}`} where routes know nothing of `
+    + "domains and the load is even."],
   ["vocabulary", "Does an expert know its words?", vocabulary,
     `The largest share of a token's occurrences that one expert got, of the ${whole(numIds)} most `
     + `frequent tokens those with at least ${least} occurrences, the mean weighted by occurrences; `

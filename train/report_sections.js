@@ -5,14 +5,15 @@
 function loadMap(body) {
   // (layers, experts) assignments of all domains.
   const load = layers.map((_, l) =>
-    experts.map((e) => sum(domains.map((_, d) => analysis.load[d][l][e]))));
+    expertsOf(l).map((e) => sum(domains.map((_, d) => analysis.load[d][l][e]))));
   const total = load.map(sum);
-  const share = (l, e) => (total[l] ? (load[l][e] * experts.length) / total[l] : 0);
+  const share = (l, e) => (total[l] ? (load[l][e] * load[l].length) / total[l] : 0);
   body.append(
     colourLegend("load, multiple of an even share", SHARE_TICKS, shareColour),
     heatMap({
       rows: layers.length,
-      columns: experts.length,
+      columns: mostExperts,
+      exists: (l, e) => e < load[l].length,
       rowTitle: "layer",
       columnTitle: "expert",
       rowName: (l) => String(layerNames[l]),
@@ -28,22 +29,23 @@ function loadMap(body) {
 // ---- domains
 
 function domainMap(body) {
-  let [layer, sorting, order] = [0, false, experts];
+  let [layer, sorting, order] = [0, false, expertsOf(0)];
   const tokens = (d) => analysis.tokens[domains[d]];
   const share = (d, e) => analysis.load[d][layer][e] / tokens(d);
   // An even share of the domain's assignments: K/E where every token has K experts.
-  const even = (d) => sum(analysis.load[d][layer]) / tokens(d) / experts.length;
+  const even = (d) => sum(analysis.load[d][layer]) / tokens(d) / order.length;
   const times = (d, e) => share(d, e) / Math.max(even(d), 1e-12);
   const favourite = (e) =>
     domains.reduce((best, _, d) => (times(d, e) > times(best, e) ? d : best), 0);
 
   const map = heatMap({
     rows: domains.length,
-    columns: experts.length,
+    columns: mostExperts,
+    exists: (d, c) => c < order.length,
     rowTitle: "domain",
     columnTitle: "expert",
     rowName: (d) => domains[d],
-    columnName: (c) => String(order[c]),
+    columnName: (c) => String(order[c] ?? ""),
     colour: (d, c) => shareColour(times(d, order[c])),
     tip: (d, c) => `${domains[d]}, layer ${layerNames[layer]}, expert ${order[c]}\n`
       + `${percent(share(d, order[c]))} of the domain's tokens; ${percent(even(d))} if even\n`
@@ -53,7 +55,8 @@ function domainMap(body) {
   function redraw() {
     const byFavourite = (a, b) => favourite(a) - favourite(b)
       || times(favourite(b), b) - times(favourite(a), a);
-    order = sorting ? [...experts].sort(byFavourite) : experts;
+    order = expertsOf(layer);
+    if (sorting) order.sort(byFavourite);
     map.redraw();
   }
 
@@ -82,13 +85,12 @@ function vocabularyLines() {
       { name: `${name}, permuted`, colour, values: control, dashed: true },
     ];
   });
-  const even = model.top_k / experts.length;
   return lineChart({
     x: layerNames,
     xTitle: "layer",
     yTitle: "largest share of a token",
     series,
-    base: [even, `K/E = ${even.toFixed(3)}`],
+    base: evenShare === null ? null : [evenShare, `K/E = ${evenShare.toFixed(3)}`],
   });
 }
 
@@ -106,7 +108,7 @@ function vocabulary(body) {
     const top = analysis.vocabulary.top_tokens[ROLES[role][0]][layer];
     const row = (e) => [String(e), element("div", { className: "chips" }, top[e].map(chip))];
     const head = ["expert", "its tokens, and the share of their occurrences that it gets"];
-    rows.replaceChildren(table(head, experts.map(row), 2));
+    rows.replaceChildren(table(head, expertsOf(layer).map(row), 2));
   }
 
   body.append(
@@ -132,7 +134,9 @@ function coActivation(body) {
     body.append(note("Each token has one expert here (K = 1), so there are no pairs."));
     return;
   }
-  let layer = 0;
+  // A layer with one expert a token has no pairs.
+  const paired = range(layers.length).filter((l) => counts[l] !== null);
+  let layer = paired[0];
   const chosen = (i) => counts[layer][i][i];
   const given = (i, j) => counts[layer][i][j] / Math.max(1, chosen(i));
   let all = 0;
@@ -142,8 +146,9 @@ function coActivation(body) {
   const times = (i, j) => given(i, j) / Math.max(expected(i, j), 1e-12);
 
   const map = heatMap({
-    rows: experts.length,
-    columns: experts.length,
+    rows: Math.max(...paired.map((l) => layers[l].num_experts)),
+    columns: Math.max(...paired.map((l) => layers[l].num_experts)),
+    exists: (i, j) => Math.max(i, j) < layers[layer].num_experts,
     rowTitle: "given expert i",
     columnTitle: "expert j",
     rowName: String,
@@ -160,6 +165,7 @@ function coActivation(body) {
   const pairs = element("div");
 
   function fill() {
+    const experts = expertsOf(layer);
     all = sum(experts.map(chosen));
     const each = experts.flatMap((i) => experts.filter((j) => j !== i).map((j) => [i, j]));
     const best = each.sort(([a, b], [c, d]) => given(c, d) - given(a, b)).slice(0, 10);
@@ -171,7 +177,11 @@ function coActivation(body) {
   fill();
   body.append(
     element("div", { className: "controls" },
-      layerSlider(layerNames, (l) => { layer = l; fill(); map.redraw(); })),
+      layerSlider(paired.map((l) => layerNames[l]), (place) => {
+        layer = paired[place];
+        fill();
+        map.redraw();
+      })),
     colourLegend("P(j | i), multiple of what independent choices give", PAIR_TICKS, shareColour),
     element("div", { className: "beside" }, map,
       element("div", {}, heading("Most often together"), pairs)),
@@ -181,14 +191,13 @@ function coActivation(body) {
 // ---- saturation
 
 function overlapLines(steps, values) {
-  const chance = model.top_k / experts.length;
   return lineChart({
     x: steps,
     xTitle: "training step",
     yTitle: "overlap of the routes",
     series: layerNames.map((layer, l) => (
       { name: `layer ${layer}`, colour: lineColour(l, layerNames.length), values: values(l) })),
-    base: [chance, `K/E = ${chance.toFixed(3)}, by chance`],
+    base: evenShare === null ? null : [evenShare, `K/E = ${evenShare.toFixed(3)}, by chance`],
   });
 }
 
@@ -265,7 +274,8 @@ function ablation(body) {
 
   const map = heatMap({
     rows: layers.length,
-    columns: experts.length,
+    columns: mostExperts,
+    exists: (l, e) => e < layers[l].num_experts,
     rowTitle: "layer",
     columnTitle: "expert",
     rowName: (l) => String(layerNames[l]),
@@ -311,7 +321,7 @@ function colouredText(body) {
 
   function tipOf(t) {
     const weights = part.weights[layer][t];
-    const lines = part.experts[layer][t].map((expert, k) =>
+    const lines = part.experts[layer][t].slice(0, layers[layer].top_k).map((expert, k) =>
       (expert < 0 ? "no expert" : `expert ${expert}  ${weights[k].toFixed(3)}`));
     const id = part.token_ids[t];
     return [`${tokenName(id)}  (token ${id})`, ...lines].join("\n");

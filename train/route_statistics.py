@@ -8,16 +8,16 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.measures import co_activation_counts, first_choice, repeats
-from moe.routing import Routing, counts_by_sequence
+from moe.routing import Routing, counts_by_sequence, zero_counts
 from train.packing import Batch
 
 
 class RouteStatistics:
-    """Counts of the routes of a text, L routed layers, E experts.
+    """Counts of the routes of a text, L routed layers, E experts, the most that a layer has.
 
     Attributes:
-        load: (domains, L, E) int64 assignments. co_activation: (L, E, E) float64, as in
-            `co_activation_counts`.
+        load: (domains, L, E) int64 assignments, below 0 where a layer has no such expert.
+        co_activation: (L, E, E) float64, as in `co_activation_counts`.
         repeats: (L, 2) int64, tokens that repeat the first choice before them, and pairs.
         vocabulary: by input token.
     Args:
@@ -31,8 +31,9 @@ class RouteStatistics:
         token_ids: Tensor,
         device: torch.device | str = "cpu",
     ):
-        layers, experts = len(config.moe_layers), config.moe.num_experts
-        self.load = torch.zeros(num_domains, layers, experts, dtype=torch.int64, device=device)
+        layers, experts = len(config.moe_layers), config.num_choices
+        self._zero = zero_counts(config.choices_of_layers, device)  # (L, E)
+        self.load = self._zero.repeat(num_domains, 1, 1)
         self.co_activation = torch.zeros(
             layers, experts, experts, dtype=torch.float64, device=device
         )
@@ -43,12 +44,13 @@ class RouteStatistics:
         """Count the routes of a forward pass; returns the (B, L, E) assignments by sequence."""
         size, seq_len = batch.input_ids.shape
         device = self.load.device
-        by_sequence = self.load.new_zeros(size, *self.load.shape[1:])
+        by_sequence = self._zero.repeat(size, 1, 1)
         documents = batch.document_ids.to(device)
         for layer, routing in enumerate(routings):
-            by_sequence[:, layer] = counts_by_sequence(routing, size)
-            num_experts = self.load.shape[-1]
-            self.co_activation[layer] += co_activation_counts(routing.topk_indices, num_experts)
+            num_experts = routing.router_logits.shape[-1]
+            by_sequence[:, layer, :num_experts] = counts_by_sequence(routing, size)
+            together = co_activation_counts(routing.topk_indices, num_experts)
+            self.co_activation[layer, :num_experts, :num_experts] += together
             chosen = first_choice(routing).view(size, seq_len)
             self.repeats[layer] += torch.stack(repeats(chosen, documents))
         self.load.index_add_(0, batch.domain_ids.to(device), by_sequence)
@@ -81,12 +83,14 @@ class VocabularyCounts:
     """How the occurrences of chosen tokens spread over the experts of each layer.
 
     Attributes:
-        token_ids: (N,) the tokens. occurrences: (N,) int64 of each. assignments: (L, E, N) int64.
+        token_ids: (N,) the tokens. occurrences: (N,) int64 of each. assignments: (L, E, N) int64,
+            0 where a layer has no such expert. num_experts: of each layer.
     """
 
     def __init__(self, config: ModelConfig, token_ids: Tensor, device: torch.device | str = "cpu"):
         number = len(token_ids)
-        shape = len(config.moe_layers), config.moe.num_experts, number
+        self.num_experts = config.choices_of_layers
+        shape = len(config.moe_layers), config.num_choices, number
         self.token_ids = token_ids.to(device)
         self.occurrences = torch.zeros(number, dtype=torch.int64, device=device)
         self.assignments = torch.zeros(shape, dtype=torch.int64, device=device)

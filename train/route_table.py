@@ -8,7 +8,7 @@ One row per token and routed layer; the layers of a token follow each other:
                                   number of the document in the sequence
     domain                        text, dictionary-encoded
     layer                         int16, number of the block
-    experts, weights              K int16 (-1: none) and K float32
+    experts, weights              K int16 (-1: none) and K float32, the largest K of any layer
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from moe.routing import stack_layers
 from train.analysis_text import Reading
 from train.packing import IGNORE, Batch
 
@@ -85,8 +86,8 @@ class RouteTable:
         domains = batch.domain_ids.numpy().astype(np.int32).repeat(seq_len * num_layers)
         columns.append(pa.DictionaryArray.from_arrays(pa.array(domains), self._domains))
         columns.append(pa.array(np.tile(self._layers, size * seq_len)))
-        experts = torch.stack([r.topk_indices for r in reading.routings], 1)  # (T, L, K)
-        weights = torch.stack([r.topk_weights for r in reading.routings], 1)
+        experts = stack_layers([r.topk_indices for r in reading.routings], 1)  # (T, L, K)
+        weights = stack_layers([r.topk_weights for r in reading.routings], 1, fill=0)
         for values, kind in ((experts, np.int16), (weights, np.float32)):
             flat = pa.array(values.flatten().cpu().numpy().astype(kind))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, self._top_k))

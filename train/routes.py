@@ -10,7 +10,7 @@ generation choose freely.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os.path import normpath
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.measures import route_overlap
-from moe.routing import Routing
+from moe.routing import Routing, stack_layers
 from moe.variants import load_variant
 from train.changed_settings import changed_settings
 from train.config import RoutesConfig, RunConfig
@@ -72,12 +72,17 @@ class RunRoutes:
             return batches
         sizes = [len(batch.input_ids) for batch in batches]
         share = self.source.read(step, self._rank * sum(sizes), sum(sizes))
-        num_experts = self.source.header.routes["model"]["num_experts"]
-        if share.size and not -1 <= share.min() <= share.max() < num_experts:
-            raise DataError(
-                f"{self.source.folder}: step {step + 1} names experts from {share.min()} to "
-                f"{share.max()}, must be -1 (none) to {num_experts - 1}; record again"
-            )
+        experts = self.source.header.routes["model"]
+        limits = np.broadcast_to(experts["num_experts"], len(experts["layers"]))
+        for layer, chosen, limit in zip(
+            experts["layers"], share.swapaxes(0, 1), limits, strict=True
+        ):
+            if chosen.size and not -1 <= chosen.min() <= chosen.max() < limit:
+                raise DataError(
+                    f"{self.source.folder}: step {step + 1}, layer {layer}, names experts from "
+                    f"{chosen.min()} to {chosen.max()}, must be -1 (none) to {limit - 1}; record "
+                    f"again"
+                )
         parts = torch.from_numpy(share).transpose(0, 1).split(sizes, dim=1)  # (L, B, S, K) each
         return [batch._replace(routes=part) for batch, part in zip(batches, parts, strict=True)]
 
@@ -90,7 +95,7 @@ class RunRoutes:
         dtype = getattr(torch, self.target.header.dtype)
 
         def collect(routings: tuple[Routing, ...]) -> None:
-            indices = torch.stack([routing.topk_indices for routing in routings])  # (L, T, K)
+            indices = stack_layers([routing.topk_indices for routing in routings])  # (L, T, K)
             by_sequence = indices.to(dtype).view(num_layers, -1, seq_len, top_k)  # (L, B, S, K)
             chosen.append(by_sequence.transpose(0, 1))
 
@@ -139,14 +144,14 @@ def check_routes(config: RunConfig) -> None:
                 f"routes.{name} ({folder}) has no effect without routed experts "
                 f"(model.feed_forward: dense); leave it out"
             )
-    router = model.moe.router.name
-    if config.routes.replay is not None and not getattr(
-        load_variant("routers", router).Router, "replays", False
-    ):
-        raise ConfigError(
-            f"routes.replay ({config.routes.replay}): model.moe.router.name ({router}) cannot take "
-            f"routes, its Router does not say `replays = True`; leave one of them out"
-        )
+    for layer in model.moe_layers if config.routes.replay is not None else ():
+        router = model.at(layer).moe.router.name
+        if not getattr(load_variant("routers", router).Router, "replays", False):
+            raise ConfigError(
+                f"routes.replay ({config.routes.replay}): {model.setting('router', layer)}.name "
+                f"({router}) cannot take routes, its Router does not say `replays = True`; leave "
+                f"one of them out"
+            )
 
 
 def open_routes(
@@ -202,17 +207,26 @@ def open_routes(
 def make_header(config: RunConfig, model: ModelConfig, facts: dict[str, Any]) -> Header:
     """The header of what this run would record."""
     layers = model.moe_layers
-    training, num_experts = config.training, model.moe.num_experts
-    experts = {"layers": list(layers), "num_experts": num_experts, "top_k": model.top_k}
+    training = config.training
+    experts = {
+        "layers": list(layers),
+        "num_experts": _of_layers(model.choices_of_layers),
+        "top_k": _of_layers(model.top_k_of_layers),
+    }
     # Two runs that differ in a rate only are two runs; a run keeps its place.
     run = {"output_dir": normpath(config.output_dir), **facts}
     return Header(
         num_steps=config.num_steps,
-        dtype=index_dtype(num_experts),
+        dtype=index_dtype(model.num_choices),
         shape=(training.batch_size, len(layers), training.seq_len, model.top_k),
         routes={**facts, "model": experts},
         run=run,
     )
+
+
+def _of_layers(numbers: Sequence[int]) -> int | list[int]:
+    """One number where all layers have the same, else that of each."""
+    return numbers[0] if len(set(numbers)) == 1 else list(numbers)
 
 
 def recording_bytes(config: RunConfig, model: ModelConfig) -> int:

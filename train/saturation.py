@@ -16,6 +16,7 @@ from moe.measures import (
     route_overlap,
 )
 from moe.model import MoETransformer
+from moe.routing import stack_layers, zero_counts
 from train.analysis_text import HeldOutText, num_labels, progress, read, sum_by_domain
 from train.checkpoint import Checkpoint, listed_checkpoints, open_checkpoint
 from train.engine import load_model
@@ -29,8 +30,9 @@ COMPARED_TOKENS = 8192
 class ComparedText(NamedTuple):
     """What a model does with the probe text: N tokens.
 
-    routes: (L, N, K) int16. load: (domains, L, E) int64 assignments. loss: (domains,) nats per
-    token. labels: (domains,) tokens that were predicted, 0 where there is no text.
+    routes: (L, N, K) int16. load: (domains, L, E) int64 assignments, below 0 where a layer has no
+    such expert. loss: (domains,) nats per token. labels: (domains,) tokens that were predicted, 0
+    where there is no text.
     """
 
     routes: Tensor
@@ -42,19 +44,17 @@ class ComparedText(NamedTuple):
 def read_compared(model: MoETransformer, text: HeldOutText) -> ComparedText:
     """Read the probe text."""
     num_domains, config = len(text.data.domain_names), model.config
-    load = torch.zeros(
-        num_domains, len(config.moe_layers), config.moe.num_experts, dtype=torch.int64
-    )
+    load = zero_counts(config.choices_of_layers).repeat(num_domains, 1, 1)
     losses = torch.zeros(num_domains, dtype=torch.float64)
     labels = torch.zeros(num_domains, dtype=torch.float64)
     routes = []
     for batch in text.batches():
         reading = read(model, batch)
-        chosen = torch.stack([routing.topk_indices for routing in reading.routings])  # (L, T, K)
+        chosen = stack_layers([routing.topk_indices for routing in reading.routings])  # (L, T, K)
         routes.append(chosen.to(torch.int16).cpu())
         # A batch is of one domain.
         domain = int(batch.domain_ids[0])
-        load[domain] += torch.stack([r.tokens_per_expert for r in reading.routings]).cpu()
+        load[domain] += stack_layers([r.tokens_per_expert for r in reading.routings]).cpu()
         losses += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
     return ComparedText(torch.cat(routes, 1), load, losses / labels.clamp(min=1), labels)

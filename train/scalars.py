@@ -5,6 +5,7 @@ TensorBoard's alphabetical order: its page answers whether the run is well. A me
 `GROUP/MEASURE/layerNN`, over all layers `GROUP/MEASURE/all_layers` or in `health/`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from moe.measures import (
     dead_experts,
     effective_experts,
     gini,
+    least_assignments,
     max_violation,
     starved_experts,
 )
@@ -57,7 +59,8 @@ class StepFacts(NamedTuple):
     """What is logged of a step beside its StepMetrics.
 
     window: (L, E) assignments, `LoadWindow`. seconds: of the step. mfu: None where the peak is not
-    known. bias: (L, E) of the routers, None where they have none. alarms: raised at the step.
+    known. bias: (L, E) of the routers, NaN where one has none, None where none has. alarms: raised
+    at the step.
     """
 
     window: Tensor
@@ -100,7 +103,7 @@ def load_measures(
     tokens_per_expert: Tensor, num_dropped: Tensor, window: Tensor
 ) -> dict[str, Tensor]:
     """Tensors (L,) by name, of (L, E) assignments of a step and of a window, (L,) dropped ones."""
-    offered = (tokens_per_expert.sum(-1) + num_dropped).clamp(min=1)
+    offered = (tokens_per_expert.clamp(min=0).sum(-1) + num_dropped).clamp(min=1)
     return {
         "max_violation": max_violation(tokens_per_expert),
         "max_violation_window": max_violation(window),
@@ -109,10 +112,20 @@ def load_measures(
         "effective_experts": effective_experts(tokens_per_expert),
         "dead_experts": dead_experts(window),
         "starved_experts": starved_experts(window),
-        "tokens_per_expert_min": tokens_per_expert.amin(-1),
+        "tokens_per_expert_min": least_assignments(tokens_per_expert),
         "tokens_per_expert_max": tokens_per_expert.amax(-1),
         "dropped_percent": 100 * num_dropped / offered,
     }
+
+
+def bias_scalars(bias: Tensor, layers: tuple[int, ...]) -> dict[str, float]:
+    """Scalars of (L, E) biases of the routers, of the layers that have one."""
+    present = ~bias.isnan()  # (L, E)
+    having = present.any(-1)
+    highest = bias.masked_fill(~present, -math.inf).amax(-1)
+    lowest = bias.masked_fill(~present, math.inf).amin(-1)
+    which = tuple(layer for layer, has in zip(layers, having.tolist(), strict=True) if has)
+    return by_layer({"router/bias_range": (highest - lowest)[having]}, which)
 
 
 def step_scalars(
@@ -140,7 +153,7 @@ def step_scalars(
         load = load_measures(metrics.tokens_per_expert, metrics.num_dropped, facts.window)
         measures = {f"load/{name}": value for name, value in load.items()}
     if facts.bias is not None:
-        measures["router/bias_range"] = facts.bias.amax(-1) - facts.bias.amin(-1)
+        values |= bias_scalars(facts.bias, layers)
     detail = metrics.detail
     if detail is not None:
         values["speed/memory_gib"] = detail.memory_gib

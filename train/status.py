@@ -4,8 +4,8 @@ import io
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -46,6 +46,12 @@ def format_duration(seconds: float) -> str:
         return f"{minutes}m{seconds:02d}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m"
+
+
+def format_layers(values: Iterable[Any]) -> str:
+    """What each layer has, `4 / 8 / 6`; once where all have the same."""
+    texts = [str(value) for value in values]
+    return " / ".join(texts if len(set(texts)) > 1 else texts[:1])
 
 
 def format_table(

@@ -5,6 +5,7 @@ everything finite? -> clip and update -> routers' `after_step`. A step that is d
 something not finite) leaves weights, moments and random streams as they were.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moe.layer import MoELayer
 from moe.model import BatchTotals, ModelOutput, MoETransformer
-from moe.routing import Routing
+from moe.routing import Routing, stack_layers, zero_counts
 from train.config import RunConfig
 from train.engine import Engine
 from train.errors import NonFiniteError
@@ -71,6 +72,7 @@ def train_step(
     random_state = get_random_state()
     totals = batch_totals(engine, micro_batches, config, stop)
     sums: _StepSums | None = None
+    routings: tuple[Routing, ...] = ()
     for number, batch in enumerate(micro_batches, start=1):
         if totals is None or engine.any_rank(stop()):
             engine.zero_grad()
@@ -83,7 +85,8 @@ def train_step(
         assert output.loss is not None
         engine.backward(output.loss, last=number == len(micro_batches))
         sums = add_output(sums, output, detail=detail)
-        seen(output.routings)
+        routings = output.routings
+        seen(routings)
         if totals.counts_so_far is not None:
             totals = totals._replace(counts_so_far=sums.routing.demand)
     assert sums is not None
@@ -94,7 +97,7 @@ def train_step(
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, sums.routing.demand, sums.feedback)
+        update_routers(engine, routings, sums.routing.demand, sums.feedback)
     engine.zero_grad()
     engine.clock.next_step()
     if problem is not None:
@@ -168,8 +171,7 @@ def batch_totals(
     if not layers or len(batches) == 1:
         return totals
     if not config.exact_counts_needed(len(batches)):
-        num_experts = config.model.moe.num_experts
-        so_far = torch.zeros(len(layers), num_experts, dtype=torch.long, device=engine.device)
+        so_far = zero_counts(config.model.choices_of_layers, engine.device)
         return totals._replace(counts_so_far=so_far)
     random_state = get_random_state()
     counts = torch.zeros((), dtype=torch.long, device=engine.device)
@@ -178,7 +180,7 @@ def batch_totals(
             if engine.any_rank(stop()):
                 return None
             routings = engine(batch).routings
-            counts = counts + torch.stack([r.demand for r in routings])  # (L, E)
+            counts = counts + stack_layers([r.demand for r in routings])  # (L, E)
     set_random_state(random_state)
     return totals._replace(tokens_per_expert=engine.all_reduce(counts))
 
@@ -187,7 +189,7 @@ class _StepSums(NamedTuple):
     """Sums over the passes of a step; all tensors on the device, float64 where not said otherwise.
 
     loss_nonfinite () and logits_nonfinite (L,) count the passes with inf or NaN. aux_losses and
-    aux_coefficients (n,), and feedback (L, E), without layers where routers have none: each pass by
+    aux_coefficients (n,), and feedback (n, E) of the n layers whose routers have one: each pass by
     its share of the tokens. work_seconds (W,) has this rank's place filled. memory () GiB and
     routing.logit_max are maxima.
     """
@@ -228,7 +230,7 @@ def add_output(sums: _StepSums | None, output: ModelOutput, *, detail: bool) -> 
         num_labels=output.num_labels.double(),
         aux_losses=torch.stack(aux) if aux else none,
         aux_coefficients=torch.stack(coefficients) if coefficients else none,
-        feedback=torch.stack(feedback).double() * share if feedback else none,
+        feedback=stack_layers(feedback, fill=0).double() * share if feedback else none,
         loss_nonfinite=1 - torch.isfinite(output.loss.detach()).double(),
         logits_nonfinite=1 - torch.stack(finite).double() if finite else none,
         work_seconds=none,
@@ -319,22 +321,33 @@ def check_routers(output: ModelOutput, config: RunConfig, step: int) -> None:
             )
 
 
-def update_routers(engine: Engine, tokens_per_expert: Tensor, feedback: Tensor) -> None:
+def update_routers(
+    engine: Engine, routings: tuple[Routing, ...], tokens_per_expert: Tensor, feedback: Tensor
+) -> None:
     """Call each router's `after_step` with its layer's counts of the whole step, (L, E), and its
-    feedback where it has one, (L, E) or nothing."""
+    feedback where it has one.
+
+    Args: routings: of one pass. feedback: (n, E) of the n layers that have one, in their order.
+    """
     layers = [m for m in engine.model.modules() if isinstance(m, MoELayer)]
-    for index, (layer, load) in enumerate(zip(layers, tokens_per_expert, strict=True)):
-        if not hasattr(layer.router, "after_step"):
-            continue
-        if len(feedback):
-            layer.router.after_step(load, feedback[index].float())
-        else:
-            layer.router.after_step(load)
+    rows = iter(feedback)
+    for layer, routing, load in zip(layers, routings, tokens_per_expert, strict=True):
+        num_experts = len(routing.tokens_per_expert)
+        arguments = [load[:num_experts]]
+        if routing.feedback is not None:
+            arguments.append(next(rows)[:num_experts].float())
+        if hasattr(layer.router, "after_step"):
+            layer.router.after_step(*arguments)
 
 
 def router_biases(model: MoETransformer) -> Tensor | None:
-    """(L, E) what routers add to their scores for the choice, None where they add nothing."""
+    """(L, E) what routers add to their scores for the choice, NaN where one adds nothing or there
+    is no such expert; None where none adds anything."""
     routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
     biases = [getattr(router, "selection_bias", None) for router in routers]
     found = [bias.detach() for bias in biases if isinstance(bias, Tensor)]
-    return torch.stack(found).cpu() if found else None
+    if not found:
+        return None
+    nothing = found[0].new_full((1,), math.nan)
+    each = [bias.detach() if isinstance(bias, Tensor) else nothing for bias in biases]
+    return stack_layers(each, fill=math.nan).cpu()

@@ -50,8 +50,11 @@ def summarize(
     }
 
 
-def render_summary(summary: dict[str, Any], num_experts: int) -> str:
-    """Loss by domain against what unigrams give, expert use by layer, and samples of text."""
+def render_summary(summary: dict[str, Any], num_experts: str) -> str:
+    """Loss by domain against what unigrams give, expert use by layer, and samples of text.
+
+    Args: num_experts: of a layer, in words.
+    """
     tokens, seconds = summary["training_tokens"], summary["training_seconds"]
     if not summary["domains"]:
         return (

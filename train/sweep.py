@@ -35,7 +35,7 @@ from train.program import guarded
 from train.random_state import seed_all
 from train.run_directory import RunLock, make_directory, replace_file, storage_errors
 from train.scalars import evaluation_scalars
-from train.status import StatusLine, format_table
+from train.status import StatusLine, format_layers, format_table
 from train.summary import summarize
 from train.sweep_config import Sweep, load_sweep
 from train.sweep_picture import sweep_picture
@@ -200,10 +200,11 @@ def _write_events(
     """The run's row in the tab HPARAMS."""
     model, plan = run.config.model, study.plans[run.arm]
     settings: dict[str, bool | int | float | str] = {"arm": run.arm, "seed": run.config.seed}
-    settings["router"] = model.moe.router.name if model.moe_layers else "none"
+    routers = (model.at(layer).moe.router.name for layer in model.moe_layers)
+    settings["router"] = format_layers(routers) or "none"
     if model.moe_layers:
         settings |= {
-            "num_experts": model.moe.num_experts,
+            "num_experts": statistics.mean(model.experts_of_layers),
             "experts_per_token": model.experts_per_token,
         }
     settings |= {

@@ -6,6 +6,7 @@ from typing import Any
 
 from train.config import RunConfig
 from train.plan import Plan
+from train.status import format_layers
 from train.sweep_statistics import (
     HistoryPoint,
     Interval,
@@ -72,9 +73,11 @@ def _arm_report(
 ) -> dict[str, Any]:
     model, plan = config.model, plans[name]
     routed = bool(model.moe_layers)
+    routers = [model.at(layer).moe.router.name for layer in model.moe_layers]
     report: dict[str, Any] = {
-        "router": model.moe.router.name if routed else None,
-        "num_experts": model.moe.num_experts if routed else None,
+        "router": format_layers(routers) or None,
+        # Where layers differ, the mean over them, as of the next one.
+        "num_experts": statistics.mean(model.experts_of_layers) if routed else None,
         "experts_per_token": model.experts_per_token if routed else None,
         "causal": model.causal,
         "total": plan.parameters.total,
@@ -235,7 +238,7 @@ def _verdict(names: Mapping[str, str], arms: Mapping[str, Mapping[str, Any]], ba
 def _routing_row(name: str, arm: Mapping[str, Any]) -> list[str]:
     if arm["router"] is None:
         return [name, "dense", *["–"] * 7]
-    cells = [name, arm["router"], str(arm["num_experts"]), f"{arm['experts_per_token']:g}"]
+    cells = [name, arm["router"], f"{arm['num_experts']:g}", f"{arm['experts_per_token']:g}"]
     for measure, digits in zip(_ROUTING, (2, 2, 1, 4, 4), strict=True):
         interval = Interval(**arm[measure])
         cells.append(f"{interval.mean:.{digits}f} ± {interval.half_width:.{digits}f}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.measures import domain_divergence, domain_expert_information, max_violation
-from moe.routing import Routing
+from moe.routing import Routing, stack_layers
 from train.data import PreparedData
 from train.engine import Engine
 from train.packing import Batch
@@ -27,7 +27,8 @@ class Evaluation(NamedTuple):
     """One pass over the validation text; L routed layers, E experts.
 
     loss: nats per token of each domain that has validation text; unigram_entropy, bits_per_byte,
-    num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments.
+    num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments, below
+    0 where a layer has no such expert.
     information: (L,) I(domain; expert) / H(domain). shuffled_information: (L,) the same with the
     domains of the sequences permuted, what chance alone would give. divergence: (L,)
     Jensen-Shannon, nats. sequence_violation: (L,) MaxVio of a sequence, the mean over sequences.
@@ -184,7 +185,7 @@ class _Probe:
         rows = self._take(batch) * batch.input_ids.shape[1]
         if routings and rows:
             chosen = [routing.topk_indices[:rows] for routing in routings]
-            self._parts.append(torch.stack(chosen, 1).cpu())
+            self._parts.append(stack_layers(chosen, 1).cpu())
 
     def routes(self, num_layers: int, top_k: int) -> Tensor:
         """(N, L, K), of one rank's batches."""

@@ -215,6 +215,7 @@ def check_is_olmoe(config: ModelConfig) -> None:
         "moe.router.num_groups": (getattr(config.moe.router, "num_groups", None), None),
         "moe.experts.name": (config.moe.experts.name, "swiglu"),
         "moe.experts.clamp": (getattr(config.moe.experts, "clamp", None), None),
+        "moe.layers": (config.moe.layers, ()),
         "routed layers": (len(config.moe_layers), config.num_layers),
     }
     for name, (found, wanted) in needed.items():
