@@ -13,15 +13,23 @@ Under expert parallelism each rank bounds what it sends, so that an expert takes
 C over the ranks; as C is of one pass, another split of a batch drops others.
 
 Not causal with `probability` and `random`: whether a token is dropped then depends on how many
-later tokens want the same expert. Sources: capacity factor, by position: Switch Transformers, arXiv
-2101.03961, section 2.2; by probability: batch prioritized routing, Riquelme et al., arXiv
-2106.05974, section 4.
+later tokens want the same expert. BROKEN_RULES has all that dropping breaks.
+
+Sources: capacity factor, by position: Switch Transformers, arXiv 2101.03961, section 2.2; by
+probability: batch prioritized routing, Riquelme et al., arXiv 2106.05974, section 4.
 """
 
 import torch
 from torch import Tensor
 
 from moe.routing import RouterContext, Routing, assignments_per_expert, noise_like
+
+# Of `moe.router.RULES`, by priority.
+BROKEN_RULES = {
+    "position": ("independent", "divisible", "permutes_tokens", "fixed_k"),
+    "probability": ("causal", "independent", "divisible", "fixed_k"),
+    "random": ("causal", "independent", "divisible", "permutes_tokens", "fixed_k"),
+}
 
 
 def limit_to_capacity(

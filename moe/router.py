@@ -13,6 +13,9 @@ from kernels.routing import TopK, fused_topk, weights_of
 from moe.routing import RouterContext, Routing, make_routing, noise_like, uniform_routing
 from moe.variants import Count, VariantConfig
 
+# What every choice of experts keeps but where it says otherwise, see `RouterModule`.
+RULES = ("causal", "independent", "divisible", "permutes_tokens", "permutes_experts", "fixed_k")
+
 
 class RouterModule(nn.Module):
     """Base of every router: (T, D) hidden states to a Routing.

@@ -10,13 +10,17 @@ import torch
 from conftest import randn, relative_error
 from model_cases import tiny_config, tiny_model, tokens
 from pydantic import ValidationError
+from router_cases import CHECKS as ROUTING_CHECKS
+from router_cases import build
+from router_step_cases import CHECKS as STEP_CHECKS
 from test_causality import before, changed_at, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_cases import make_config, make_engine, micro_batches
 
-from moe.capacity import limit_to_capacity
+from moe.capacity import BROKEN_RULES, limit_to_capacity
 from moe.losses import LossContext
 from moe.losses.load_balancing import Config, loss
+from moe.router import RULES, RouterModule
 from moe.routing import RouterContext, make_routing, noise_like
 from train.scalars import load_measures
 from train.step import train_step
@@ -165,6 +169,37 @@ def test_no_value_goes_to_the_host():
         made = make_routing(logits, logits.softmax(-1), weights, indices, None)
         for priority in PRIORITIES:
             limit_to_capacity(made, 1.0, priority, context())
+
+
+# ---- the contract of routers
+
+
+class Limited(RouterModule):
+    """A router's choice under a capacity, which breaks the rules that it says it breaks."""
+
+    def __init__(self, router, priority):
+        super().__init__()
+        self.router, self.priority = router, priority
+        for rule in RULES:
+            broken = rule in BROKEN_RULES[priority]
+            setattr(self, rule, getattr(router, rule) and not broken)
+        self.replays = router.replays
+
+    def forward(self, x, context):
+        routing = self.router(x, context)
+        if self.priority == "random":
+            # One order for all calls: another one each time would hide what is looked for.
+            context = context._replace(generator=torch.Generator().manual_seed(2))
+        return limit_to_capacity(routing, 0.5, self.priority, context)
+
+
+@pytest.mark.parametrize("check", ROUTING_CHECKS | STEP_CHECKS)
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_dropping_keeps_the_contract_but_where_it_says_so(priority, check):
+    def make(dtype=torch.float32, num_experts=6):
+        return Limited(build("topk", {}, dtype, num_experts), priority)
+
+    (ROUTING_CHECKS | STEP_CHECKS)[check](make)
 
 
 # ---- in a model

@@ -624,6 +624,33 @@ def test_printed_config_is_complete_and_loads_back_equal(run_in):
     assert list(read_yaml(text)) == list(RunConfig.model_fields)
 
 
+CHOICE = "model: {moe: {allow_non_causal: true, router: {name: expert_choice}, losses: []}}"
+NOTES = {
+    "": [],
+    CHOICE: [
+        "# model.moe.router.name expert_choice breaks these rules of moe/router.py: causal, "
+        "independent, divisible, fixed_k"
+    ],
+    "model: {moe: {router: {name: hash}, capacity_factor: 1.25}}": [
+        "# model.moe.router.name hash breaks these rules of moe/router.py: permutes_experts",
+        "# model.moe.drop_priority position breaks these rules of moe/router.py: independent, "
+        "divisible, permutes_tokens, fixed_k",
+    ],
+    "model: {moe: {layers: [{layers: [1], router: {name: top_p}}]}}": [
+        "# model.moe.layers.0.router.name top_p breaks these rules of moe/router.py: fixed_k"
+    ],
+    CHOICE.replace("moe:", "feed_forward: dense, moe:"): [],
+}
+
+
+@pytest.mark.parametrize("yaml_text", NOTES)
+def test_a_printed_config_says_which_rules_its_routing_breaks(run_in, yaml_text):
+    config = load(yaml_text)
+    text = dump_config(config)
+    assert [line for line in text.splitlines() if line.startswith("#")] == NOTES[yaml_text]
+    assert load(text) == config
+
+
 @settings(max_examples=30, deadline=None, database=None, derandomize=True)
 @given(
     rate=st.floats(1e-12, 1e12),

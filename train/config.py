@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from moe.config import ModelConfig, Section
+from moe.rules import broken_rules
 from moe.variants import Count, Natural, Real, Whole, no_boolean
 from train.arguments import apply_overrides
 from train.config_errors import Origin, explain, show
@@ -385,8 +386,15 @@ def config_from_dict(values: dict[str, Any], source: str = "config") -> RunConfi
 
 
 def dump_config(config: RunConfig) -> str:
-    """The YAML of every setting, defaults included; loading it gives an equal `RunConfig`."""
-    return write_yaml(config.model_dump(mode="json"))
+    """The YAML of every setting, defaults included; loading it gives an equal `RunConfig`.
+
+    Comments at its head say which rules of routing (`moe.router.RULES`) are broken by what.
+    """
+    notes = [
+        f"# {setting} breaks these rules of moe/router.py: {', '.join(rules)}\n"
+        for setting, rules in broken_rules(config.model).items()
+    ]
+    return "".join(notes) + write_yaml(config.model_dump(mode="json"))
 
 
 def _validate(values: dict[str, Any], origin: Origin) -> RunConfig:
