@@ -162,12 +162,13 @@ class Whole:
 
     def cut(self, engine: Any, name: str, start: int, count: int) -> tuple[Tensor, Tensor]:
         from train.expert_parallel import is_expert
-        from train.fragments import local_shape
+        from train.fragments import first_experts, local_shape
 
         whole = self.weights[name]
         local = dict(engine.model.named_parameters())[name]
         stack = local_shape(local)[0]
-        rows = slice(engine._first_expert, engine._first_expert + stack)
+        first = first_experts(engine.model).get(name, 0)
+        rows = slice(first, first + stack)
         rows = rows if is_expert(local) else slice(None)
         pair = whole.detach()[rows], whole.grad[rows]
         weights, gradient = (x.reshape(-1)[start : start + count] for x in pair)

@@ -34,12 +34,13 @@ from training_cases import (
     same_steps,
 )
 
+import train.loop
 from moe.config import ModelConfig, dense_equivalent
 from moe.generate import generate
 from moe.interop.olmoe import state_dict_to_hf
 from moe.layer import MoELayer
 from moe.model import MoETransformer, flops_per_token, num_parameters
-from train.alarms import Alarms
+from train.alarms import SPIKE_LEAST, Alarms
 from train.analyze import main as analyze
 from train.errors import ConfigError
 from train.layouts import plan_layouts
@@ -48,7 +49,7 @@ from train.plan import make_plan
 from train.ranks import Ranks, check_layout
 from train.report import describe
 from train.route_files import open_recording
-from train.scalars import StepFacts, step_scalars
+from train.scalars import StepFacts, load_measures, step_scalars
 from train.step import router_biases, train_step
 
 EXPERTS, CHOICES, WIDTHS = (4, 8, 6), (1, 2, 3), (16, 24, 8)
@@ -410,14 +411,15 @@ def test_the_tags_of_a_step_are_those_of_each_layer_alone(tmp_path):
         assert metrics.detail.logit_counts[layer].sum() == 4 * number
 
 
-def watched(load: torch.Tensor, steps: int) -> list[str]:
-    """The texts of the alarms of so many steps of the same load."""
+def watched(load: torch.Tensor, steps: int, *, dropped: int = 0) -> list[str]:
+    """The texts of the alarms of so many steps of the same load; the last one drops assignments."""
     model = mixed_config()
     alarms, window, texts = Alarms(model), LoadWindow(), []
     for step in range(1, steps + 1):
         window.add(load)
+        lost = torch.tensor([dropped * (step == steps), 0, 0])
         metrics = StepMetrics(
-            step, 4.0, {}, {}, 0.1, 1.0, load, torch.zeros(3), torch.zeros(1), num_tokens=80
+            step, 4.0, {}, {}, 0.1, 1.0, load, lost, torch.zeros(1), num_tokens=80
         )
         texts += [alarm.text for alarm in alarms.check(metrics, window)]
         restored = Alarms(model)
@@ -441,6 +443,14 @@ def test_alarms_know_each_layers_experts_and_choices():
     first, second = watched(collapsed, 25)
     assert "collapse: layer 0 uses 1.0 of 4 experts" in first and "expert 0 (100%" in first
     assert "collapse: layer 2 uses 3.0 of 6 experts" in second and "(100% of" in second
+
+
+def test_dropped_assignments_are_a_share_of_those_that_were_made():
+    load = torch.tensor([[10] * 4 + [-7] * 4, [10] * 8, [10] * 6 + [-7] * 2])
+    measures = load_measures(load, torch.tensor([10, 20, 40]), load)
+    assert measures["dropped_percent"].tolist() == pytest.approx([20, 20, 40])
+    (text,) = watched(load, SPIKE_LEAST + 1, dropped=10)
+    assert "drop spike: layer 0 dropped 20.0% of its assignments" in text
 
 
 # ---- whole runs
@@ -489,6 +499,21 @@ def test_pictures_and_histograms_are_of_real_experts(logged):
     summary = json.loads((logged / "summary.json").read_text())
     for row, number in zip(summary["layers"], EXPERTS, strict=True):
         assert 1 <= row["effective_experts"] <= number + 1e-4 and row["dead_experts"] < number
+
+
+def test_before_any_step_has_counted_the_dead_are_the_experts_that_there_are(tmp_path, monkeypatch):
+    real_step = train.loop.train_step
+
+    def first_is_skipped(*arguments, **options):
+        metrics = real_step(*arguments, **options)
+        return metrics._replace(skipped=metrics.step == 1)
+
+    monkeypatch.setattr(train.loop, "train_step", first_is_skipped)
+    changes = MIXED | {"logging.tensorboard": True, "training.steps": 2, "evaluation.every": 0}
+    assert run(tmp_path / "run", changes) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert events.Scalars("health/dead_experts")[0].value == sum(EXPERTS)
+    assert events.Scalars("health/dead_experts")[1].value < sum(EXPERTS)
 
 
 def test_recorded_routes_are_replayed_bit_by_bit(logged, tmp_path):

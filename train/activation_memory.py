@@ -95,7 +95,7 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     # The router's: its input in float32, that times the noise and the noise, logits and
     # probabilities; indices and two versions of the weights of the chosen, and the dispatch plan.
     copies = (c < _FLOAT32) + 2 * (getattr(moe.router, "jitter", 0) > 0)
-    kept += copies * _FLOAT32 * model.hidden_size + 2 * _FLOAT32 * moe.num_experts
+    kept += copies * _FLOAT32 * model.hidden_size + 2 * _FLOAT32 * moe.num_choices
     return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
 
 
