@@ -626,7 +626,7 @@ def test_printed_config_is_complete_and_loads_back_equal(run_in):
 
 CHOICE = "model: {moe: {allow_non_causal: true, router: {name: expert_choice}, losses: []}}"
 NOTES = {
-    "": [],
+    "seed: 1": [],
     CHOICE: [
         "# model.moe.router.name expert_choice breaks these rules of moe/router.py: causal, "
         "independent, divisible, fixed_k"

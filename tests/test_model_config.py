@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from moe.config import ModelConfig, dense_equivalent
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer
-from moe.variants import VariantConfig
+from moe.variants import PARTS, VariantConfig, load_variant, variant_names
 
 ROUTERS = Path(__file__).parent.parent / "moe/routers"
 
@@ -70,6 +70,15 @@ def test_each_mistake_of_a_config_is_named(message):
     with pytest.raises(ValidationError) as caught:
         tiny_config(**MISTAKES[message])
     assert [e["msg"].removeprefix("Value error, ") for e in caught.value.errors()] == [message]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_settings_of_every_variant_are_read_back_as_they_were_written(kind):
+    for name in variant_names(kind):
+        module = load_variant(kind, name)
+        for settings in ({}, *getattr(module, "EXAMPLES", ())):
+            config = module.Config(name=name, **settings)
+            assert module.Config.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_config_is_frozen_and_writes_itself():

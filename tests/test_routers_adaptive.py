@@ -195,7 +195,7 @@ def test_top_p_arrives_at_its_target(target, sharpness):
 def test_top_p_refuses_what_has_no_effect():
     config = load_variant("routers", "top_p").Config
     with pytest.raises(ValueError, match="integral has no effect without a target"):
-        config(integral=0.5)
+        config(integral=0.75)
     with pytest.raises(ValueError, match=r"max_experts \(1\) leaves one expert"):
         config(max_experts=1, normalize=True)
     with pytest.raises(ValueError, match=r"target \(3.0\) must not exceed max_experts \(2\)"):

@@ -67,7 +67,8 @@ class Config(VariantConfig):
             )
         if self.target is None:
             for gain in ("proportional", "integral"):
-                if gain in self.model_fields_set:
+                # Not whether it was set: a printed config sets the defaults, too.
+                if getattr(self, gain) != type(self).model_fields[gain].default:
                     raise ValueError(f"{gain} has no effect without a target; set one or remove it")
         elif self.max_experts is not None and self.target > self.max_experts:
             raise ValueError(
