@@ -204,12 +204,15 @@ class ModelConfig(Section):
     @property
     def causal(self) -> bool:
         """Whether no token's experts depend on later tokens, in training too."""
-        if self.moe.layers:
-            return all(config.causal for config in self._routed_configs)
+        if not self.moe_layers:
+            return True
+        drops_by_position = self.moe.capacity_factor is None or self.moe.drop_priority == "position"
+        return drops_by_position and all(config._router_causal for config in self._routed_configs)
+
+    @property
+    def _router_causal(self) -> bool:
         router = self.moe.router
-        return not self.moe_layers or (
-            load_variant("routers", router.name).Router.causal and router.causal
-        )
+        return load_variant("routers", router.name).Router.causal and router.causal
 
     @property
     def num_choices(self) -> int:
@@ -369,7 +372,7 @@ class ModelConfig(Section):
                 f"model.moe.num_experts ({moe.num_choices}"
                 f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
             )
-        if not self.causal and not moe.allow_non_causal:
+        if self.moe_layers and not self._router_causal and not moe.allow_non_causal:
             raise ValueError(
                 f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
                 f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"

@@ -331,6 +331,11 @@ def test_recomputation_drops_the_same(priority, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
+def test_a_config_says_that_it_is_not_causal():
+    for priority in PRIORITIES:
+        assert tiny_config(**dropping(priority)).causal == (priority == "position")
+
+
 MISTAKES = {
     "model.moe.drop_priority (random) has no effect without a capacity; set "
     "model.moe.capacity_factor or leave it out": {"drop_priority": "random"},
