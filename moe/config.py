@@ -198,8 +198,13 @@ class ModelConfig(Section):
         if self.moe.layers:
             means = [config.experts_per_token for config in self._routed_configs]
             return sum(means) / len(means)
-        chosen = getattr(self.moe.router, "experts_per_token", self.top_k)
-        return chosen * self.moe.num_experts / self.moe.num_choices
+        return self.choices_per_token * self.moe.num_experts / self.moe.num_choices
+
+    @property
+    def choices_per_token(self) -> float:
+        """The same, with experts that cost nothing; of one layer, see `at`."""
+        mean = getattr(self.moe.router, "experts_per_token", None)
+        return self.top_k if mean is None else mean
 
     @property
     def causal(self) -> bool:

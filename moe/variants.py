@@ -7,7 +7,7 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
     routers   class Router(config, hidden_size, num_experts), a `moe.router.RouterModule`:
               forward(x, context) -> Routing; it says where it breaks a rule. Config has top_k,
               the K columns of its Routing (unused ones hold -1), None for E; and where a token's
-              number of experts varies, experts_per_token, their mean
+              number of experts varies, experts_per_token, their mean, None if not known
     losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
               forward(rows, tokens_per_expert, backend=...) -> rows, where rows behind the last

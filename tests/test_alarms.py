@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_cases import Recorder, at, checkpoint, make_config, run
 
 import train.step
+from moe.config import ModelConfig
 from moe.routers.topk import Router
 from train.alarms import SLOW_STEPS, SPIKE_LEAST, Alarms
 from train.metrics import WINDOW_STEPS, LoadWindow, StepMetrics
@@ -91,6 +92,18 @@ def test_a_collapse_names_layer_and_experts_and_raises_no_dead_ones():
     # Gone and back: raised again.
     watched.see(30)
     assert only(watched.see(40, load=loads(6, 7)), "collapse").step > alarm.step
+
+
+def test_a_collapse_of_a_router_without_a_bound_is_one_of_its_mean():
+    """ReLU routing may give a token all experts: two for all tokens are a collapse, if two are
+    meant."""
+    moe = MODEL.moe.model_dump() | {"router": {"name": "relu", "target_k": 2.0}}
+    watched = Watched()
+    watched.alarms = Alarms(ModelConfig.model_validate(MODEL.model_dump() | {"moe": moe}))
+    watched.see(30)
+    assert "experts 2, 5" in only(watched.see(50, load=loads(2, 5)), "collapse").text.replace(
+        "5, 2", "2, 5"
+    )
 
 
 def test_experts_that_stay_dead_after_a_collapse_are_named():

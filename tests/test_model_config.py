@@ -81,6 +81,24 @@ def test_settings_of_every_variant_are_read_back_as_they_were_written(kind):
             assert module.Config.model_validate(config.model_dump(mode="json")) == config
 
 
+def test_experts_of_a_token_where_their_number_varies():
+    for router, wanted in (
+        ({"name": "topk", "top_k": 3}, 3),
+        ({"name": "relu", "target_k": 1.5}, 1.5),
+        ({"name": "top_p", "target": 2.5}, 2.5),
+        ({"name": "top_p", "max_experts": 4}, 4),
+        ({"name": "top_p"}, 6),
+        ({"name": "sequence_topk", "experts_per_token": 1.5}, 1.5),
+    ):
+        moe = {"router": router, "allow_non_causal": True}
+        assert tiny_config(moe=moe).experts_per_token == wanted
+        # Two of eight choices cost nothing.
+        costless = tiny_config(moe=moe | {"num_zero_experts": 2})
+        chosen = 8 if router == {"name": "top_p"} else wanted
+        assert costless.choices_per_token == chosen
+        assert costless.experts_per_token == chosen * 6 / 8
+
+
 def test_a_config_is_frozen_and_writes_itself():
     config = tiny_config(moe={"router": {"name": "topk", "score": "sigmoid", "top_k": 3}})
     with pytest.raises(ValidationError):

@@ -56,7 +56,8 @@ class Alarms:
         self._most_experts = model.num_choices
         # Of each layer.
         self.num_experts = model.choices_of_layers
-        self.top_k = model.top_k_of_layers
+        chosen = [model.at(layer).choices_per_token for layer in model.moe_layers]
+        self.top_k = [max(1, round(number)) for number in chosen]
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._first_loss = math.inf
         self._diverged_steps = 0

@@ -46,6 +46,11 @@ class Config(VariantConfig):
         """No bound: a token may take all experts."""
         return None
 
+    @property
+    def experts_per_token(self) -> float:
+        """What lambda steers to; half of all before it has."""
+        return self.target_k
+
     def check_experts(self, num_experts: int) -> None:
         """ValueError if the target leaves nothing to be 0."""
         if self.target_k >= num_experts:

@@ -57,6 +57,11 @@ class Config(VariantConfig):
         """Columns of the Routing."""
         return self.max_experts
 
+    @property
+    def experts_per_token(self) -> float | None:
+        """What p is steered to; None where nobody can know."""
+        return self.target
+
     @model_validator(mode="after")
     def _settings_have_an_effect(self):
         if self.max_experts == 1 and (self.normalize or self.target is not None):
