@@ -1,13 +1,14 @@
 """How many tokens may an expert take? Beyond its capacity, assignments are dropped.
 
-    C = ceil(factor * A / E),   A the assignments of this forward pass on this rank: K T as a rule
+    C = ceil(factor * A / E),   A the assignments of this forward pass on this rank: K T as a rule,
+                                E all choices of the router: those that cost nothing are among them
     an expert keeps the first C of its assignments in the order of `priority`:
 
     position      the tokens' order in the batch; no later token plays a part
     probability   falling probability of the router, ties to the earlier token
     random        a random order, a fresh one at each step
 
-A dropped assignment adds nothing: its token keeps its other experts, unweighted by the loss, and
+A dropped assignment adds nothing: its token keeps its other experts, with the weights they had, and
 its place in the residual stream. Counts for balance are the router's own choices, before the drop.
 Under expert parallelism each rank bounds what it sends, so that an expert takes at most the sum of
 C over the ranks; as C is of one pass, another split of a batch drops others.
@@ -22,7 +23,13 @@ probability: batch prioritized routing, Riquelme et al., arXiv 2106.05974, secti
 import torch
 from torch import Tensor
 
-from moe.routing import RouterContext, Routing, assignments_per_expert, noise_like
+from moe.routing import (
+    RouterContext,
+    Routing,
+    assignments_per_expert,
+    noise_like,
+    rank_in_group,
+)
 
 # Of `moe.router.RULES`, by priority.
 BROKEN_RULES = {
@@ -65,6 +72,7 @@ def limit_to_capacity(
         tokens_per_expert=tokens_per_expert,
         num_dropped=routing.tokens_per_expert - tokens_per_expert,
         wanted_indices=chosen,
+        wanted_weights=routing.topk_weights,
     )
 
 
@@ -80,8 +88,4 @@ def _rank_in_expert(routing: Routing, priority: str, context: RouterContext) -> 
         # A stream of its own: a router's noise must not decide who is dropped.
         numbers = noise_like(routing.topk_weights.detach(), context, Tensor.uniform_, stream=1)
         order = numbers.reshape(-1).sort(stable=True).indices
-    # By expert, and within an expert in that order.
-    order = order[expert[order].sort(stable=True).indices]
-    ordered = expert[order]
-    places = torch.arange(len(order), device=expert.device) - torch.searchsorted(ordered, ordered)
-    return torch.empty_like(places).scatter_(0, order, places).view_as(chosen)
+    return rank_in_group(expert, order).view_as(chosen)

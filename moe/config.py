@@ -94,6 +94,11 @@ class MoEConfig(Section):
         return self.num_experts + sum(self.zero_computation)
 
     @property
+    def drops(self) -> bool:
+        """Whether there is a capacity, in training or in evaluation."""
+        return self.capacity_factor is not None or self.eval_capacity_factor is not None
+
+    @property
     def zero_computation(self) -> tuple[int, int, int]:
         """Numbers of zero, copy and constant experts."""
         return self.num_zero_experts, self.num_copy_experts, self.num_constant_experts
@@ -138,8 +143,9 @@ class ModelConfig(Section):
 
         A layer of width F multiplies 3 D F weights a token, 2 D F without a gate; a routed layer
         multiplies those of its K (or mean number of) routed experts, of l in place of D with
-        latent_size, its shared ones and the gate of these, the D E of its router and the 2 D l
-        around latent experts. Where routed layers differ, the mean over them.
+        latent_size, its shared ones and the gate of these, the D E of its router, the 2 D l around
+        latent experts and the 3 D of each constant expert. Where routed layers differ, the mean
+        over them.
         """
         moe = self.moe
         if moe.dense_intermediate_size is not None:
@@ -211,7 +217,7 @@ class ModelConfig(Section):
         """Whether no token's experts depend on later tokens, in training too."""
         if not self.moe_layers:
             return True
-        drops_by_position = self.moe.capacity_factor is None or self.moe.drop_priority == "position"
+        drops_by_position = not self.moe.drops or self.moe.drop_priority == "position"
         return drops_by_position and all(config._router_causal for config in self._routed_configs)
 
     @property
@@ -370,12 +376,16 @@ class ModelConfig(Section):
         """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
         moe = self.moe
         # First: it names the router's own setting, which need not be top_k.
-        moe.router.check_experts(moe.num_choices)
+        costless = sum(moe.zero_computation)
+        note = f"; {costless} of these {moe.num_choices} cost nothing" if costless else ""
+        try:
+            moe.router.check_experts(moe.num_choices)
+        except ValueError as error:
+            raise ValueError(f"{error}{note}") from error
         if self.top_k > moe.num_choices:
             raise ValueError(
                 f"model.moe.router.top_k ({self.top_k}) must not exceed "
-                f"model.moe.num_experts ({moe.num_choices}"
-                f"{', those that cost nothing included' if sum(moe.zero_computation) else ''})"
+                f"model.moe.num_experts ({moe.num_choices}){note}"
             )
         if self.moe_layers and not self._router_causal and not moe.allow_non_causal:
             raise ValueError(
@@ -386,7 +396,7 @@ class ModelConfig(Section):
     def _check_drop_priority(self) -> None:
         """ValueError on a drop_priority that has no effect or is not to be had."""
         moe = self.moe
-        if moe.capacity_factor is None and moe.eval_capacity_factor is None:
+        if not moe.drops:
             raise ValueError(
                 f"model.moe.drop_priority ({moe.drop_priority}) has no effect without a capacity; "
                 f"set model.moe.capacity_factor or leave it out"

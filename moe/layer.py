@@ -1,7 +1,8 @@
 """The feed-forward layers: routed experts (with shared ones beside them), and the dense baseline.
 
 1. the router chooses K experts for each token; a capacity may drop some
-2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs
+2. dispatch sends each token to its experts, 3. they compute, 4. combine sums their outputs, and
+   copy and constant experts, which cost nothing, add theirs
 5. shared experts, which every token passes, are added, by a learned gate if there is one
 
 Latent experts (LatentMoE, arXiv 2601.18089) work in l < D dimensions: one matrix before step 2 and
@@ -49,6 +50,7 @@ class MoELayer(nn.Module):
     Attributes:
         first_expert, num_local_experts: the experts in this process, by global number; all of them
             here, a share of them in an expert-parallel subclass.
+        zero_computation: copy and constant experts; None without any.
         latent_down, latent_up: D -> l and l -> D around the experts; None without a latent_size.
         shared_gate: D -> 1 or 2 numbers that weight the shared experts; None without one.
     """
@@ -69,8 +71,9 @@ class MoELayer(nn.Module):
         )
         self.num_experts = self.num_local_experts = moe.num_experts
         self.experts = self.build_experts(config)
-        self.zero_computation = None
-        if sum(moe.zero_computation):
+        self.num_choices, self.zero_computation = moe.num_choices, None
+        # Zero experts alone have nothing to add.
+        if moe.num_copy_experts or moe.num_constant_experts:
             self.zero_computation = ZeroComputationExperts(
                 hidden, moe.num_experts, *moe.zero_computation
             )
@@ -113,7 +116,7 @@ class MoELayer(nn.Module):
             )
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
         computed = routing
-        if self.zero_computation is not None:
+        if self.num_choices > self.num_experts:
             computed = networks_only(routing, self.num_experts)
         read = x if self.latent_down is None else self.latent_down(x)  # (T, l)
         routed, beside = self.dispatch(read, computed, shared)

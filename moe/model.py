@@ -240,7 +240,7 @@ class MoETransformer(nn.Module):
             if chosen is None:
                 continue
             name = config.at(layer).moe.router.name
-            if not getattr(load_variant("routers", name).Router, "replays", False):
+            if not load_variant("routers", name).Router.replays:
                 raise ValueError(
                     f"{config.setting('router', layer)}.name ({name}) cannot replay routes: its "
                     f"Router does not say `replays = True`"
@@ -287,7 +287,9 @@ class MoETransformer(nn.Module):
         if not routings:
             return ()
         counts = None if totals is None else totals.tokens_per_expert  # (L, E)
-        if totals is not None and counts is None:
+        losses: Any = self.config.moe.losses
+        read = any(loss.reads_batch_counts for loss in losses)
+        if totals is not None and counts is None and read:
             counts = stack_layers([routing.demand for routing in routings])
             if totals.counts_so_far is not None:
                 counts = counts + totals.counts_so_far

@@ -49,6 +49,18 @@ class RouterModule(nn.Module):
         """The Routing of (T, D) hidden states."""
         raise NotImplementedError
 
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """(E,) added to the scores for the choice, None where nothing is."""
+        return None
+
+    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor | None = None) -> None:
+        """Called once after each optimizer step.
+
+        Args: tokens_per_expert: (E,) choices of the whole step, over ranks and passes; feedback:
+            (E,) that of the Routing, the mean over the step's tokens, None where it has none.
+        """
+
     def register_float32(self, name: str, value: Tensor) -> None:
         """A buffer that stays in float32 whatever the model becomes: bfloat16 would swallow the
         small steps by which routers are balanced."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The increment of SplitMix64: its multiples differ in high and low bits alike.
-LAYER_STEP = 0x9E3779B97F4A7C15
+SPLITMIX_STEP = 0x9E3779B97F4A7C15
 
 
 class RouterContext(NamedTuple):
@@ -54,9 +54,9 @@ def noise_like(
     generator = torch.Generator(x.device)
     sequences = noise.view(*context.batch_shape, x.shape[-1])  # (B, S, n)
     for seed, rows in zip(context.noise_seeds.tolist(), sequences, strict=True):
-        # Below 2^32: PyTorch's generator of the CPU reads no more of a seed.
+        # A stream differs in low bits: of a seed, PyTorch's generator of the CPU reads 32.
         place = context.layer + (stream << 16)
-        generator.manual_seed((seed + place * LAYER_STEP) % 2**63)
+        generator.manual_seed((seed + place * SPLITMIX_STEP) % 2**63)
         fill(rows, generator=generator)
     return noise
 
@@ -73,8 +73,8 @@ class Routing(NamedTuple):
     `after_step` is told beside the counts, a mean over valid tokens, None for nothing. Of a router
     that adds noise to its logits, None elsewhere: noise_std (T, E) its standard deviation, with
     gradient; selection_logits (T, E) what it chose by, which are the router_logits with their
-    noise. Under a capacity, None elsewhere: wanted_indices (T, K) what the router chose before the
-    drop.
+    noise. Under a capacity, None elsewhere: wanted_indices and wanted_weights (T, K), what the
+    router chose before the drop.
     """
 
     router_logits: Tensor
@@ -91,6 +91,17 @@ class Routing(NamedTuple):
     noise_std: Tensor | None = None
     selection_logits: Tensor | None = None
     wanted_indices: Tensor | None = None
+    wanted_weights: Tensor | None = None
+
+    @property
+    def chosen_indices(self) -> Tensor:
+        """(T, K) what the router chose, those dropped since among them."""
+        return self.topk_indices if self.wanted_indices is None else self.wanted_indices
+
+    @property
+    def chosen_weights(self) -> Tensor:
+        """(T, K) the weights of `chosen_indices`."""
+        return self.topk_weights if self.wanted_weights is None else self.wanted_weights
 
     @property
     def demand(self) -> Tensor:
@@ -169,6 +180,18 @@ def assignments_per_expert(topk_indices: Tensor, num_experts: int) -> Tensor:
     return counts.index_add_(0, slot, slot.new_ones(1).expand_as(slot))[1:]
 
 
+def rank_in_group(group: Tensor, order: Tensor) -> Tensor:
+    """(N,) int64 place of each of N things, from 0, among those of its group.
+
+    Args: group: (N,) integers. order: (N,) the things as they come, whatever their group.
+    """
+    # By group, and within a group in that order.
+    order = order[group[order].sort(stable=True).indices]
+    ordered = group[order]
+    places = torch.arange(len(order), device=group.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(places).scatter_(0, order, places)
+
+
 # ---- several layers in one tensor; their numbers of experts and choices may differ
 
 
@@ -182,7 +205,11 @@ def stack_layers(tensors: Sequence[Tensor], dim: int = 0, fill: float = -1) -> T
             and stays below 0 in every sum; -1 in routes is no assignment.
     """
     longest = max(each.shape[-1] for each in tensors)
-    padded = [F.pad(each, (0, longest - each.shape[-1]), value=fill) for each in tensors]
+    missing = [longest - each.shape[-1] for each in tensors]
+    padded = [
+        F.pad(each, (0, number), value=fill) if number else each
+        for each, number in zip(tensors, missing, strict=True)
+    ]
     return torch.stack(padded, dim)
 
 
@@ -196,7 +223,6 @@ def zero_counts(num_experts: Sequence[int], device: torch.device | str = "cpu") 
 def counts_by_sequence(routing: Routing, num_sequences: int) -> Tensor:
     """(B, E) int64 assignments that the router made in each of the B sequences of the batch."""
     num_experts = routing.router_logits.shape[-1]
-    wanted = routing.topk_indices if routing.wanted_indices is None else routing.wanted_indices
-    chosen = wanted.view(num_sequences, -1) + 1  # (B, S*K), 0 for no assignment
+    chosen = routing.chosen_indices.view(num_sequences, -1) + 1  # (B, S*K), 0 for none
     counts = chosen.new_zeros(num_sequences, num_experts + 1)
     return counts.scatter_add_(1, chosen, torch.ones_like(chosen))[:, 1:]

@@ -84,6 +84,11 @@ class VariantConfig(BaseModel):
         return True
 
     @property
+    def reads_batch_counts(self) -> bool:
+        """Whether a loss looks at `LossContext.batch_tokens_per_expert`."""
+        return False
+
+    @property
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
         return False
@@ -119,6 +124,11 @@ def load_variant(kind: str, name: str) -> ModuleType:
     for part in ("Config", PARTS[kind]):
         if not hasattr(module, part):
             raise ValueError(f"{target} has no {part}, so it is no variant for moe/{kind}")
+    if kind == "routers":
+        # Not above: routers are built on configs.
+        base = importlib.import_module("moe.router").RouterModule
+        if not (isinstance(module.Router, type) and issubclass(module.Router, base)):
+            raise ValueError(f"{target}.Router must be a moe.router.RouterModule")
     return module
 
 

@@ -39,15 +39,15 @@ LAYERS, EXPERTS, K = 2, 4, 2
 # Sends each byte of `sums` to expert 1 and all else to expert 0: an expert for each domain.
 PLANTED_ROUTER = """
 import torch
-from torch import nn
+from moe.router import RouterModule
 from moe.routing import make_routing
 from moe.variants import Count, VariantConfig
 
 class Config(VariantConfig):
     top_k: Count = 1
 
-class Router(nn.Module):
-    causal = fixed_k = replays = True
+class Router(RouterModule):
+    replays = True
     learned = False
 
     def __init__(self, config, hidden_size, num_experts):

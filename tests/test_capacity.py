@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training_cases import make_config, make_engine, micro_batches
 
 from moe.capacity import BROKEN_RULES, limit_to_capacity
-from moe.losses import LossContext
+from moe.losses import LossContext, importance
 from moe.losses.load_balancing import Config, loss
 from moe.router import RULES, RouterModule
 from moe.routing import RouterContext, make_routing, noise_like
+from moe.rules import broken_rules
 from train.scalars import load_measures
 from train.step import train_step
 
@@ -279,6 +280,17 @@ def test_a_dropped_token_passes_by_and_its_weights_get_no_gradient():
     assert (gradient[gone] == 0).all() and (gradient[~gone].abs().sum(-1) > 0).all()
 
 
+def test_the_importance_loss_sees_what_the_router_asked_for():
+    made, here = routing(hot=2.0), context()
+    limited = limit_to_capacity(made, 0.5, "position", here)
+    config = importance.Config()
+    value = importance.loss(config, limited, LossContext(here))
+    assert torch.equal(value, importance.loss(config, made, LossContext(here)))
+    assert value > 0.5
+    plain = limited._replace(wanted_indices=None, wanted_weights=None)
+    assert importance.loss(config, plain, LossContext(here)) < 0.9 * value
+
+
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
 def test_the_balance_loss_sees_what_the_router_asked_for(scope):
     made = routing(hot=2.0)
@@ -334,6 +346,12 @@ def test_recomputation_drops_the_same(priority, tmp_path):
 def test_a_config_says_that_it_is_not_causal():
     for priority in PRIORITIES:
         assert tiny_config(**dropping(priority)).causal == (priority == "position")
+    for priority in ("position", "probability"):
+        changes = dropping(priority, capacity_factor=None, eval_capacity_factor=1.5)
+        config = tiny_config(**changes)
+        assert config.causal == (priority == "position")
+        (rules,) = broken_rules(config).values()
+        assert rules == BROKEN_RULES[priority]
 
 
 MISTAKES = {

@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from model_cases import tiny_config, tiny_model, tokens
 from pydantic import ValidationError
 
@@ -154,6 +155,15 @@ def test_experts_without_an_activation_can_be_neither_shared_nor_dense(monkeypat
             tiny_config(moe=experts | moe)
     with pytest.raises(ValueError, match=f"^{refused}$"):
         MoETransformer(dense_equivalent(whole))
+
+
+def test_a_router_that_declares_nothing_is_refused(monkeypatch):
+    for router in (torch.nn.Module, "no class"):
+        module = types.SimpleNamespace(Config=VariantConfig, Router=router)
+        monkeypatch.setitem(sys.modules, "my_lab.silent", module)
+        monkeypatch.setitem(sys.modules, "my_lab", types.SimpleNamespace())
+        with pytest.raises(ValidationError, match=r"silent\.Router must be a moe"):
+            tiny_config(moe={"router": {"name": "my_lab.silent"}})
 
 
 def test_a_private_variant_is_found_by_its_dotted_name(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe.measures import max_violation, router_sums
 from moe.model import num_parameters
-from moe.routers.hash import STEP, _mix, _signed, expert_keys
+from moe.routers.hash import _mix, _signed, expert_keys
+from moe.routing import SPLITMIX_STEP
 from moe.variants import load_variant
 
 OTHERS = (
@@ -256,7 +257,7 @@ def unsigned_mix(z):
 def test_the_mixing_is_splitmix64():
     # The generator's first numbers from the seed 1234567, as its authors' program prints them.
     published = (6457827717110365317, 3203168211198807973, 9817491932198370423)
-    states = [_signed(1234567 + STEP * (n + 1)) for n in range(3)]
+    states = [_signed(1234567 + SPLITMIX_STEP * (n + 1)) for n in range(3)]
     assert [z % 2**64 for z in _mix(torch.tensor(states)).tolist()] == list(published)
     assert [unsigned_mix(z % 2**64) for z in states] == list(published)
 
@@ -268,8 +269,10 @@ def test_hash_is_that_of_pythons_own_integers():
     inputs = context(ids=torch.tensor(ids), shape=(1, 6))._replace(layer=2)
     routing = router(randn(6, D, seed=9), inputs)
     for row, token_id in enumerate(ids):
-        hashed = unsigned_mix((unsigned_mix((token_id + STEP * 4) % 2**64) + STEP * 3) % 2**64)
-        wanted = [_signed(unsigned_mix((hashed + STEP * e) % 2**64)) for e in range(E)]
+        hashed = unsigned_mix(
+            (unsigned_mix((token_id + SPLITMIX_STEP * 4) % 2**64) + SPLITMIX_STEP * 3) % 2**64
+        )
+        wanted = [_signed(unsigned_mix((hashed + SPLITMIX_STEP * e) % 2**64)) for e in range(E)]
         assert keys[row].tolist() == wanted
         best = sorted(range(E), key=lambda e: -wanted[e])[:3]
         assert routing.topk_indices[row].tolist() == best

@@ -165,8 +165,14 @@ def by_layer(folder: Path, step: int) -> list[np.ndarray]:
         {},
         {"training.micro_batch_size": 1, "training.activation_checkpointing": True},
         {"training.micro_batch_size": 4, "training.precision": "bfloat16"},
+        {"model.moe.capacity_factor": 0.7},
+        {
+            "model.moe.capacity_factor": 0.7,
+            "model.moe.drop_priority": "random",
+            "model.moe.allow_non_causal": True,
+        },
     ],
-    ids=["counting passes", "recomputed", "bfloat16"],
+    ids=["counting passes", "recomputed", "bfloat16", "capacity", "random drops"],
 )
 def test_a_run_that_replays_itself_is_the_same_to_the_bit(changes, tmp_path, capsys):
     """With noise in the router, whose stream goes on as if it were needed."""

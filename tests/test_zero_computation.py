@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import assert_equals, randn, relative_error
 from model_cases import tiny_config, tiny_model, tokens
+from pydantic import ValidationError
 
 from moe.layer import MoELayer, init_feed_forward
 from moe.model import MoETransformer, flops_per_token, num_parameters
@@ -136,6 +137,12 @@ def test_they_count_as_choices_and_cost_no_flops():
     assert theirs.active - ours.active == layers * (fewer - router - constants)
     saved = flops_per_token(other, 8) - flops_per_token(model, 8)
     assert abs(saved - 6 * (theirs.active - ours.active)) <= 6
+
+
+def test_an_error_of_a_router_says_which_of_its_choices_cost_nothing():
+    moe = {"num_experts": 6, "num_zero_experts": 3, "router": {"name": "relu", "target_k": 9}}
+    with pytest.raises(ValidationError, match=r"num_experts \(9\); 3 of these 9 cost nothing"):
+        tiny_config(moe=moe)
 
 
 def test_a_balanced_router_gives_a_token_the_networks_that_were_asked_for():

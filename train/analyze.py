@@ -300,7 +300,7 @@ def _ablation(
         return {"skipped": "left out by --ablation-tokens 0"}
     model_config = config.model
     for router in (model_config.at(layer).moe.router.name for layer in model_config.moe_layers):
-        if not getattr(load_variant("routers", router).Router, "replays", False):
+        if not load_variant("routers", router).Router.replays:
             return {
                 "skipped": f"the router {router} cannot take routes (it has no `replays = True`)"
             }

@@ -169,8 +169,7 @@ def loss_weights(model: ModelConfig) -> dict[str, float]:
     if model.moe_layers:
         weights = {loss.label: loss.weight for loss in model.moe.losses}  # type: ignore[attr-defined]
         names = {model.at(layer).moe.router.name for layer in model.moe_layers}
-        # A router of somebody's own may be any module.
-        if any(getattr(load_variant("routers", name).Router, "penalizes", False) for name in names):
+        if any(load_variant("routers", name).Router.penalizes for name in names):
             weights["router_penalty"] = 1.0
     if model.lm_z_loss_weight:
         weights["lm_z_loss"] = model.lm_z_loss_weight

@@ -95,7 +95,7 @@ class RunRoutes:
         dtype = getattr(torch, self.target.header.dtype)
 
         def collect(routings: tuple[Routing, ...]) -> None:
-            indices = stack_layers([routing.topk_indices for routing in routings])  # (L, T, K)
+            indices = stack_layers([routing.chosen_indices for routing in routings])  # (L, T, K)
             by_sequence = indices.to(dtype).view(num_layers, -1, seq_len, top_k)  # (L, B, S, K)
             chosen.append(by_sequence.transpose(0, 1))
 
@@ -146,7 +146,7 @@ def check_routes(config: RunConfig) -> None:
             )
     for layer in model.moe_layers if config.routes.replay is not None else ():
         router = model.at(layer).moe.router.name
-        if not getattr(load_variant("routers", router).Router, "replays", False):
+        if not load_variant("routers", router).Router.replays:
             raise ConfigError(
                 f"routes.replay ({config.routes.replay}): {model.setting('router', layer)}.name "
                 f"({router}) cannot take routes, its Router does not say `replays = True`; leave "

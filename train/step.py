@@ -333,21 +333,18 @@ def update_routers(
     rows = iter(feedback)
     for layer, routing, load in zip(layers, routings, tokens_per_expert, strict=True):
         num_experts = len(routing.tokens_per_expert)
-        arguments = [load[:num_experts]]
-        if routing.feedback is not None:
-            arguments.append(next(rows)[:num_experts].float())
-        if hasattr(layer.router, "after_step"):
-            layer.router.after_step(*arguments)
+        told = None if routing.feedback is None else next(rows)[:num_experts].float()
+        layer.router.after_step(load[:num_experts], told)
 
 
 def router_biases(model: MoETransformer) -> Tensor | None:
     """(L, E) what routers add to their scores for the choice, NaN where one adds nothing or there
     is no such expert; None where none adds anything."""
     routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
-    biases = [getattr(router, "selection_bias", None) for router in routers]
-    found = [bias.detach() for bias in biases if isinstance(bias, Tensor)]
+    biases = [router.selection_bias for router in routers]
+    found = [bias.detach() for bias in biases if bias is not None]
     if not found:
         return None
     nothing = found[0].new_full((1,), math.nan)
-    each = [bias.detach() if isinstance(bias, Tensor) else nothing for bias in biases]
+    each = [nothing if bias is None else bias.detach() for bias in biases]
     return stack_layers(each, fill=math.nan).cpu()

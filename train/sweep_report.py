@@ -267,7 +267,7 @@ def _notes(names: Mapping[str, str], arms: Mapping[str, Mapping[str, Any]]) -> l
     lines = []
     if not all(arm["causal"] for arm in arms.values()):
         lines.append(
-            f"{NOT_CAUSAL} Its router sees later tokens, in training or also in validation: its "
+            f"{NOT_CAUSAL} Its routing sees later tokens, in training or also in validation: its "
             f"loss is not comparable with the others'."
         )
     for name, arm in arms.items():

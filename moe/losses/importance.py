@@ -39,9 +39,10 @@ def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
     else:
         # Not index_add over all tokens, which on a GPU sums by atomics, in another order each time.
         num_tokens, num_experts = routing.router_probs.shape
-        values = routing.topk_weights.new_zeros(num_tokens, num_experts + 1)
+        weights, indices = routing.chosen_weights, routing.chosen_indices
+        values = weights.new_zeros(num_tokens, num_experts + 1)
         # Column 0 is where no expert is assigned.
-        values = values.scatter(1, routing.topk_indices + 1, routing.topk_weights)[:, 1:]  # (T, E)
+        values = values.scatter(1, indices + 1, weights)[:, 1:]  # (T, E)
     if context.router.valid is not None:
         values = values * context.router.valid.unsqueeze(-1)
     importance = values.sum(0)  # (E,)

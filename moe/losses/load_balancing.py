@@ -57,9 +57,14 @@ class Config(VariantConfig):
         return f"{self.name}_approximate" if self.accumulation == "running" else self.name
 
     @property
+    def reads_batch_counts(self) -> bool:
+        """Whether it looks at counts of more than this forward pass."""
+        return self.scope == "global_batch"
+
+    @property
     def needs_batch_counts(self) -> bool:
         """Whether the whole step's counts must be known before the first backward pass."""
-        return self.scope == "global_batch" and self.accumulation == "exact"
+        return self.reads_batch_counts and self.accumulation == "exact"
 
 
 def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:

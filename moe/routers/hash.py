@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe.router import AssignedConfig, AssignedRouter
-from moe.routing import RouterContext
+from moe.routing import SPLITMIX_STEP, RouterContext
 from moe.variants import Natural
 
 EXAMPLES = (
@@ -27,9 +27,6 @@ EXAMPLES = (
     {"weights": "learned", "normalize": False, "top_k": 1},
     {"seed": 7, "normalize": False},
 )
-
-# SplitMix64's increment.
-STEP = 0x9E3779B97F4A7C15
 
 
 class Config(AssignedConfig):
@@ -50,10 +47,10 @@ class Router(AssignedRouter):
 
 def expert_keys(token_ids: Tensor, num_experts: int, seed: int, layer: int) -> Tensor:
     """(T, E) int64 keys, those of one id all different; an integer hash that no device rounds."""
-    hashed = _mix(token_ids.long() + _signed(STEP * (seed + 1)))
-    hashed = _mix(hashed + _signed(STEP * (layer + 1)))  # (T,)
+    hashed = _mix(token_ids.long() + _signed(SPLITMIX_STEP * (seed + 1)))
+    hashed = _mix(hashed + _signed(SPLITMIX_STEP * (layer + 1)))  # (T,)
     experts = torch.arange(num_experts, device=token_ids.device)
-    return _mix(hashed.unsqueeze(-1) + experts * _signed(STEP))
+    return _mix(hashed.unsqueeze(-1) + experts * _signed(SPLITMIX_STEP))
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -79,14 +79,15 @@ def balancing_prices(
     # Between places T K / E - 1 and T K / E in falling order, from 0.
     share = (count * top_k // num_experts).clamp(min=1, max=num_tokens - 1)
     places = torch.cat([share - 1, share]).clamp(min=0).expand(num_experts, 2)
+    # The highest place that padding can leave, known without a wait for the device.
+    num_read = min(num_tokens, max(1, num_tokens * top_k // num_experts) + 1)
     beta = start
     for _ in range(iterations):
         alpha = (by_expert - beta.unsqueeze(-1)).topk(top_k + 1, dim=0).values[-1]  # (T,)
         wanted = by_expert - alpha  # (E, T)
         if valid is not None:
             wanted = wanted.masked_fill(~valid, -torch.inf)
-        falling = wanted.sort(dim=-1, descending=True).values
-        beta = falling.gather(-1, places).mean(-1)  # (E,)
+        beta = wanted.topk(num_read, dim=-1).values.gather(-1, places).mean(-1)  # (E,)
         beta = beta - beta.mean()
     return torch.where(count * top_k >= num_experts, beta, start)
 
@@ -135,9 +136,10 @@ class Router(LinearRouter):
         return routing_of(router_logits, chosen, context, feedback=feedback)
 
     @torch.no_grad()
-    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor) -> None:
-        """Take over the batch's beta; call once per optimizer step.
+    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor | None = None) -> None:
+        """Take over the batch's beta.
 
         Args: feedback: (E,) beta, the mean over passes and ranks.
         """
+        assert feedback is not None
         self.expert_bias.lerp_(-feedback.float(), 1 - self.config.decay)

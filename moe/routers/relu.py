@@ -102,11 +102,12 @@ class Router(LinearRouter):
         return routing._replace(penalty=penalty, feedback=share)
 
     @torch.no_grad()
-    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor) -> None:
-        """Move lambda by one step towards the target; call once per optimizer step.
+    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor | None = None) -> None:
+        """Move lambda by one step towards the target.
 
         Args: feedback: (E,) the share of tokens that each expert took part for.
         """
+        assert feedback is not None
         # sparsity < 1 - k/E where a token has more than k experts.
         up = torch.sign(feedback.sum() - self.config.target_k)
         moved = self.penalty_weight * self.config.factor**up

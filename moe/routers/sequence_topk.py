@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.routing import lowest_index_topk, score_of, weights_of
 from moe.router import LinearRouter, refuse_constant_weight, routing_of
-from moe.routing import RouterContext, Routing
+from moe.routing import RouterContext, Routing, rank_in_group
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -102,14 +102,9 @@ def _keep(scores: Tensor, documents: Tensor, valid: Tensor | None, config: Confi
     if valid is not None:
         scores = scores.masked_fill(~valid.unsqueeze(-1), -torch.inf)
     of = documents.unsqueeze(-1).expand_as(scores).reshape(-1)  # (T * K,)
-    # By document, and in a document by falling score: two stable sorts, the last first.
-    order = scores.reshape(-1).sort(descending=True, stable=True).indices
-    order = order[of[order].sort(stable=True).indices]
-    ordered = of[order]
-    # Where a document starts in that order is also the slot of its count.
-    starts = torch.searchsorted(ordered, ordered)
-    counts = torch.zeros_like(of).index_add_(0, torch.searchsorted(ordered, documents), counted)
+    ranks = rank_in_group(of, scores.reshape(-1).sort(descending=True, stable=True).indices)
+    # The slot of a document's count is its first place among all, sorted.
+    slots = torch.searchsorted(documents.sort().values, documents)  # (T,)
+    counts = torch.zeros_like(documents).index_add_(0, slots, counted)
     budgets = (counts.double() * config.experts_per_token).round().long().clamp(min=1)
-    ranks = torch.arange(len(order), device=order.device) - starts
-    kept = torch.zeros_like(of, dtype=torch.bool).scatter_(0, order, ranks < budgets[starts])
-    return kept.view_as(scores)
+    return ranks.view_as(scores) < budgets[slots].unsqueeze(-1)

@@ -148,7 +148,7 @@ class Router(LinearRouter):
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, feedback: Tensor | None = None) -> None:
-        """Move p towards the target; call once per optimizer step.
+        """Move p towards the target.
 
         Args: feedback: (E,) the share of tokens that took each expert, None without a target.
         """

@@ -130,11 +130,8 @@ class Router(LinearRouter):
         return routing_of(router_logits, chosen, context)
 
     @torch.no_grad()
-    def after_step(self, tokens_per_expert: Tensor) -> None:
-        """Move the bias towards balance; call once per optimizer step.
-
-        Args: tokens_per_expert: (E,) counts summed over ranks and accumulation steps.
-        """
+    def after_step(self, tokens_per_expert: Tensor, feedback: Tensor | None = None) -> None:
+        """Move the bias towards balance."""
         if self.config.bias_update_rate:
             load = tokens_per_expert.float()
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
