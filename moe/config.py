@@ -3,13 +3,13 @@
 Defaults live here alone; a YAML lists only what differs from them.
 """
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moe.layer_overrides import LayerOverride, check_overrides
+from moe.config_checks import check_attention, check_experts, check_layers
+from moe.layer_overrides import LayerOverride
 from moe.variants import (
     Count,
     ExpertsConfig,
@@ -218,10 +218,11 @@ class ModelConfig(Section):
         if not self.moe_layers:
             return True
         drops_by_position = not self.moe.drops or self.moe.drop_priority == "position"
-        return drops_by_position and all(config._router_causal for config in self._routed_configs)
+        return drops_by_position and all(config.router_causal for config in self._routed_configs)
 
     @property
-    def _router_causal(self) -> bool:
+    def router_causal(self) -> bool:
+        """The same of the routers alone; of one layer, see `at`."""
         router = self.moe.router
         return load_variant("routers", router.name).Router.causal and router.causal
 
@@ -255,6 +256,11 @@ class ModelConfig(Section):
         settings = {} if override is None else self.moe.layers[override].settings
         return self._with_moe(**settings, layers=())
 
+    @property
+    def without_overrides(self) -> "ModelConfig":
+        """The config as it holds where `moe.layers` says nothing."""
+        return self._with_moe(layers=())
+
     def _with_moe(self, **settings: Any) -> "ModelConfig":
         return self.model_copy(update={"moe": self.moe.model_copy(update=settings)})
 
@@ -276,7 +282,12 @@ class ModelConfig(Section):
         alone where layers do not differ."""
         if not self.moe.layers:
             return (self,)
-        return tuple(self.at(layer) for layer in range(self.num_layers) if self._is_routed(layer))
+        return tuple(self.at(layer) for layer in self.routed_blocks)
+
+    @property
+    def routed_blocks(self) -> tuple[int, ...]:
+        """`moe_layers`, also where nothing is routed as `feed_forward` is dense."""
+        return tuple(layer for layer in range(self.num_layers) if self._is_routed(layer))
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block number `layer`, from 0, has routed experts."""
@@ -292,127 +303,11 @@ class ModelConfig(Section):
         return tuple(layer for layer in range(self.num_layers) if self.is_moe_layer(layer))
 
     @model_validator(mode="after")
-    def _attention_fits(self):
-        attention = self.attention
-        if attention.head_dim is None and self.hidden_size % attention.num_heads:
-            raise ValueError(
-                f"model.hidden_size ({self.hidden_size}) must be a multiple of "
-                f"model.attention.num_heads ({attention.num_heads}), or give "
-                f"model.attention.head_dim"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model.attention.head_dim ({self.head_dim}) must be even: RoPE rotates pairs"
-            )
-        if attention.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.attention.num_heads ({attention.num_heads}) must be a multiple of "
-                f"model.attention.num_kv_heads ({self.num_kv_heads})"
-            )
+    def _settings_fit(self):
+        check_attention(self)
+        check_experts(self)
+        check_layers(self)
         return self
-
-    @model_validator(mode="after")
-    def _experts_fit(self):
-        moe = self.moe
-        self._with_moe(layers=())._check_router()
-        if self.feed_forward == "moe" and not self.moe_layers:
-            raise ValueError(
-                f"model.moe.num_dense_layers ({moe.num_dense_layers}) and "
-                f"model.moe.moe_layer_every ({moe.moe_layer_every}) leave no "
-                f"routed layer among model.num_layers ({self.num_layers}); lower them, or "
-                f"set model.feed_forward: dense"
-            )
-        if moe.shared_intermediate_size is not None and moe.num_shared_experts == 0:
-            raise ValueError(
-                f"model.moe.shared_intermediate_size ({moe.shared_intermediate_size}) has no "
-                f"effect while model.moe.num_shared_experts is 0; remove it or add shared experts"
-            )
-        if moe.shared_gate != "none" and moe.num_shared_experts == 0:
-            raise ValueError(
-                f"model.moe.shared_gate ({moe.shared_gate}) has no effect while "
-                f"model.moe.num_shared_experts is 0; remove it or add shared experts"
-            )
-        if moe.latent_size is not None and moe.latent_size > self.hidden_size:
-            raise ValueError(
-                f"model.moe.latent_size ({moe.latent_size}) must not exceed model.hidden_size "
-                f"({self.hidden_size}): a latent that is wider holds no more and costs more; lower "
-                f"it, or remove it for experts of the full width"
-            )
-        if moe.dense_intermediate_size is not None and len(self.moe_layers) == self.num_layers:
-            raise ValueError(
-                f"model.moe.dense_intermediate_size ({moe.dense_intermediate_size}) has no effect "
-                f"while every layer is routed; remove it, or set model.moe.num_dense_layers or "
-                f"model.moe.moe_layer_every"
-            )
-        if moe.num_shared_experts or len(self.moe_layers) < self.num_layers:
-            # Raises where the experts are of a kind that cannot be dense.
-            _ = self.activate
-        if moe.drop_priority != "position":
-            self._check_drop_priority()
-        names = [loss.name for loss in moe.losses]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"model.moe.losses names {name} twice; keep one line")
-        return self
-
-    @model_validator(mode="after")
-    def _overrides_fit(self):
-        routed = {layer for layer in range(self.num_layers) if self._is_routed(layer)}
-        check_overrides(self.moe, self.moe.layers, routed)
-        for override in self.moe.layers:
-            self._check_router_at(override.layers[0])
-        return self
-
-    def _check_router_at(self, layer: int) -> None:
-        """`_check_router` of a block, in an error the settings by their place in this config."""
-        try:
-            self.at(layer)._check_router()
-        except ValueError as error:
-            names = r"\bmodel\.moe\.(num_experts|router)\b"
-            text = re.sub(names, lambda match: self.setting(match[1], layer), str(error))
-            raise ValueError(text) from error
-
-    def _check_router(self) -> None:
-        """ValueError on a router that does not fit its experts, or sees later tokens unasked."""
-        moe = self.moe
-        # First: it names the router's own setting, which need not be top_k.
-        costless = sum(moe.zero_computation)
-        note = f"; {costless} of these {moe.num_choices} cost nothing" if costless else ""
-        try:
-            moe.router.check_experts(moe.num_choices)
-        except ValueError as error:
-            raise ValueError(f"{error}{note}") from error
-        if self.top_k > moe.num_choices:
-            raise ValueError(
-                f"model.moe.router.top_k ({self.top_k}) must not exceed "
-                f"model.moe.num_experts ({moe.num_choices}){note}"
-            )
-        if self.moe_layers and not self._router_causal and not moe.allow_non_causal:
-            raise ValueError(
-                f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
-                f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
-            )
-
-    def _check_drop_priority(self) -> None:
-        """ValueError on a drop_priority that has no effect or is not to be had."""
-        moe = self.moe
-        if not moe.drops:
-            raise ValueError(
-                f"model.moe.drop_priority ({moe.drop_priority}) has no effect without a capacity; "
-                f"set model.moe.capacity_factor or leave it out"
-            )
-        if not moe.allow_non_causal:
-            raise ValueError(
-                f"model.moe.drop_priority ({moe.drop_priority}) lets later tokens decide whether "
-                f"one is dropped, which spoils language modelling; take position, or set "
-                f"model.moe.allow_non_causal: true to use it anyway"
-            )
-        if moe.drop_priority == "random" and moe.eval_capacity_factor is not None:
-            raise ValueError(
-                f"model.moe.eval_capacity_factor ({moe.eval_capacity_factor}) with "
-                f"model.moe.drop_priority (random) would make evaluation random; leave it out, "
-                f"or take position or probability"
-            )
 
 
 def dense_equivalent(config: ModelConfig) -> ModelConfig:
