@@ -13,6 +13,8 @@ from kernels.routing import TopK, fused_topk, weights_of
 from moe.routing import RouterContext, Routing, make_routing, noise_like, uniform_routing
 from moe.variants import Count, VariantConfig
 
+# How logits become scores, `kernels.routing.SCORES`.
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 # What every choice of experts keeps but where it says otherwise, see `RouterModule`.
 RULES = ("causal", "independent", "divisible", "permutes_tokens", "permutes_experts", "fixed_k")
 
@@ -161,7 +163,7 @@ class AssignedConfig(VariantConfig):
 
     top_k: Count = 2
     weights: Literal["uniform", "learned"] = "uniform"
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    score: Score = "softmax"
     normalize: bool = True
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.launch import no_autocast
 from kernels.routing import score_of
-from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
+from moe.router import LinearRouter, Score, refuse_constant_weight, routing_of, topk_or_given
 from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
@@ -41,7 +41,7 @@ class Config(VariantConfig):
 
     name: Literal["quantile"] = "quantile"
     top_k: Count = 2
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "sigmoid"
+    score: Score = "sigmoid"
     normalize: bool = True
     source: Literal["previous", "batch"] = "previous"
     iterations: Count = 8

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter, refuse_constant_weight, routing_of
+from moe.router import LinearRouter, Score, refuse_constant_weight, routing_of
 from moe.routing import RouterContext, Routing, rank_in_group
 from moe.variants import Count, Real, VariantConfig
 
@@ -40,7 +40,7 @@ class Config(VariantConfig):
     name: Literal["sequence_topk"] = "sequence_topk"
     experts_per_token: Annotated[Real, Field(gt=0)] = 2.0
     top_k: Count | None = None
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    score: Score = "softmax"
     normalize: bool = False
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from moe.router import LinearRouter, refuse_constant_weight, routing_of, topk_or_given
+from moe.router import LinearRouter, Score, refuse_constant_weight, routing_of, topk_or_given
 from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
@@ -44,7 +44,7 @@ class Config(VariantConfig):
 
     name: Literal["topk"] = "topk"
     top_k: Count = 2
-    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    score: Score = "softmax"
     normalize: bool = True
     scale: Annotated[Real, Field(gt=0)] = 1.0
     logit_bias: bool = False
