@@ -341,7 +341,8 @@ def test_gradient_norms_tell_router_experts_and_the_rest_apart(tmp_path):
     engine.model.head.weight.grad[0, 0] = 7.0
     assert engine.norms(gradients=True).tolist() == pytest.approx([5, 2, 7])
     assert NORM_GROUPS == ("router", "experts", "dense")
-    for outside in ("shared_experts.w1", "shared_gate", "latent_down", "latent_up"):
+    latent = ("latent_down", "latent_up")
+    for outside in ("shared_experts.w1", "shared_gate", *latent, "zero_computation"):
         assert norm_group(f"blocks.0.feed_forward.{outside}.weight") == "dense"
 
 
