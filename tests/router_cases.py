@@ -66,15 +66,17 @@ def route(router: Any, x: Tensor, **options: Any) -> Routing:
 def is_noisy(make: Make) -> bool:
     router, x = make(), randn(T, D, seed=9)
 
-    def drawn(seed: int) -> Tensor:
+    def drawn(seed: int) -> Routing:
         generator = torch.Generator().manual_seed(seed)
-        return router(x, context(training=True, generator=generator)).topk_weights
+        return router(x, context(training=True, generator=generator))
 
-    return not torch.equal(drawn(1), drawn(2))
+    one, other = drawn(1), drawn(2)
+    pairs = ((one.topk_weights, other.topk_weights), (one.topk_indices, other.topk_indices))
+    return not all(torch.equal(*pair) for pair in pairs)
 
 
 def modes(make: Make) -> Iterator[bool]:
-    """`training` False, and True where no noise hides what is looked for."""
+    """`training` False, and True where no noise tells places of tokens or experts apart."""
     yield False
     if not is_noisy(make):
         yield True
@@ -118,12 +120,21 @@ def check_record(make: Make) -> None:
 
 
 def check_small(make: Make) -> None:
-    """One token, no token, equal tokens, whose experts are full while others are empty."""
-    router = make()
-    assert_consistent(route(router, randn(1, D, seed=3), shape=(1, 1)), 1, 1, E)
-    assert_consistent(route(router, torch.zeros(0, D), shape=(0, 8)), 0, 0, E)
-    same = randn(1, D, seed=4).expand(T, D)
-    assert_consistent(route(router, same, ids=torch.zeros(T).long()), T, T, E)
+    """One token, no token, padding alone; and equal tokens, whose experts are full while others are
+    empty."""
+    router, x = make(), randn(T, D, seed=9)
+    for training in (False, True):
+        single = route(router, x[:1], shape=(1, 1), training=training)
+        assert_consistent(single, 1, 1, E)
+        if router.fixed_k:
+            assert int(single.demand.sum()) == single.topk_indices.shape[1]
+        nothing = route(router, x[:0], shape=(0, 8), training=training)
+        assert_consistent(nothing, 0, 0, E)
+        padding = route(router, x, valid=torch.zeros(T, dtype=torch.bool), training=training)
+        assert_consistent(padding, T, 0, E)
+        assert (padding.topk_indices == -1).all()
+        same, ids = x[:1].expand(T, D), torch.zeros(T).long()
+        assert_consistent(route(router, same, ids=ids, training=training), T, T, E)
 
 
 def check_gradient(make: Make) -> None:
@@ -224,7 +235,7 @@ def worst_move(make: Make, kind: str) -> float:
     worst = 0.0
     router = make(torch.float64)
     x = randn(T, D, seed=9, dtype=torch.float64)
-    for training in modes(make):
+    for training in (False, True):
         for number, (changed, kept) in enumerate(disturbances(kind)):
             noise = 3 * randn(T, D, seed=10 + number, dtype=torch.float64)
             other = torch.where(changed.unsqueeze(-1), x + noise, x)
@@ -294,7 +305,7 @@ def check_padding(make: Make) -> None:
     x = randn(T, D, seed=9, dtype=torch.float64)
     other = torch.where(valid.unsqueeze(-1), x, 1e3)
     ids = torch.arange(T) % 5
-    for training in modes(make):
+    for training in (False, True):
         first = route(router, x, valid=valid, ids=ids, training=training)
         second = route(
             router, other, valid=valid, ids=torch.where(valid, ids, 3), training=training

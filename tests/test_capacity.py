@@ -108,15 +108,6 @@ def test_with_enough_room_nothing_is_dropped():
         assert limited.num_dropped.tolist() == [0] * E
 
 
-def test_a_second_drop_of_what_was_kept_drops_nothing():
-    """As when the recorded routes of a run are replayed in it."""
-    made = routing(hot=2.0)
-    for priority in PRIORITIES:
-        once = limit_to_capacity(made, 1.0, priority, context(seed=3))
-        again = limit_to_capacity(once, 6.0, priority, context(seed=4))
-        assert torch.equal(again.topk_indices, once.topk_indices)
-
-
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_no_tokens_and_tokens_without_an_expert(priority):
     nothing = make_routing(

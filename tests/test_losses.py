@@ -206,7 +206,7 @@ def test_sigmoid_scores_are_shared_out_first():
     assert compute("load_balancing", {}, routing).item() == pytest.approx(1.5, rel=1e-6)
 
 
-def test_dropped_assignments_are_not_counted():
+def test_an_assignment_that_is_missing_is_not_counted():
     # c = (2, 1): f = (2/3, 1/3), P = (0.7, 0.3)
     routing = routing_of(torch.tensor([0.7, 0.3]).expand(2, 2), [[0, 1], [0, -1]])
     expected = 2 * (2 / 3 * 0.7 + 1 / 3 * 0.3)

@@ -41,6 +41,10 @@ def experts(name: str, *, latent: bool = False, **settings: Any) -> dict[str, An
     return {"model.moe": moe | ({"latent_size": 24} if latent else {})}
 
 
+def with_moe(**settings: Any) -> dict[str, Any]:
+    return {"model.moe": WIDE["model.moe"] | settings}
+
+
 # The last one is hashed; the first dense one has the width of the mean of the others.
 LAYERS = {
     "model.moe": {
@@ -93,6 +97,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "latent, GEGLU": experts("geglu", latent=True),
     "squared ReLU in bfloat16": experts("relu2") | {"training.precision": "bfloat16"},
+    "noisy top-k": with_moe(router={"name": "noisy_topk"}),
+    "noisy top-k in bfloat16": with_moe(router={"name": "noisy_topk"})
+    | {"training.precision": "bfloat16"},
     "layers that differ": LAYERS,
     "layers that differ in bfloat16": LAYERS | {"training.precision": "bfloat16"},
     "tied": {"model.tie_embeddings": True, "model.vocab_size": 1024},
@@ -128,6 +135,24 @@ def test_activations_are_what_pytorch_saves(case, tmp_path):
     # In bfloat16 the rows that pad the experts depend on the load; here they are a third of all.
     close = 0.1 if config.training.precision == "bfloat16" else 0.06
     assert plan_of(config).activation_bytes == pytest.approx(measured, rel=close)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": {"name": "relu"}},
+        {"router": {"name": "top_p"}},
+        {"router": {"name": "hash"}},
+        {"num_zero_experts": 4},
+        {"num_constant_experts": 4},
+        {"capacity_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_activations_are_no_more_than_planned_where_fewer_rows_run(settings, tmp_path):
+    config = make_config(tmp_path, WIDE | with_moe(**settings))
+    measured = kept_bytes(make_engine(config), config)
+    assert 1.07 * measured < plan_of(config).activation_bytes < 1.6 * measured
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -93,6 +93,29 @@ class SeesOthers(Sound):
         return self.logits(x + 1e-3 * rows.roll(1, 0).reshape_as(x), context)
 
 
+class PeeksBesideNoise(Sound):
+    """A token sees the one after it, in training only, where there is noise too."""
+
+    def scores(self, x, context):
+        logits = self.logits(x, context)
+        if not context.training:
+            return logits
+        noise = torch.randn(logits.shape, generator=context.generator, dtype=logits.dtype)
+        rows = x.view(*context.batch_shape, -1)
+        later = self.logits(rows.roll(-1, 1).reshape_as(x), context)
+        return logits + noise + 1e-3 * later
+
+
+class DividesBySpread(Sound):
+    """In training by that of the batch, which a single token has not."""
+
+    def scores(self, x, context):
+        if context.training:
+            x = x - x.mean(0)
+            x = x / x.norm(dim=0)
+        return super().scores(x, context)
+
+
 class CountsPadding(Sound):
     def forward(self, x, context):
         routing = super().forward(x, context)
@@ -237,6 +260,8 @@ class ClaimsLess(Sound):
 PLANTED = {
     Peeks: {"causal", "independent", "permutes_tokens"},
     SeesOthers: {"independent"},
+    PeeksBesideNoise: {"causal", "independent"},
+    DividesBySpread: {"small", "independent", "divisible"},
     CountsPadding: {"record"},
     RoutesPadding: {"record", "padding"},
     NarrowBias: {"state"},

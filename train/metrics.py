@@ -157,8 +157,9 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def norm_group(parameter_name: str) -> str:
-    """The group of NORM_GROUPS that a parameter belongs to; what every token passes is dense:
-    shared experts, their gate, the matrices around latent experts."""
+    """The group of NORM_GROUPS that a parameter belongs to; dense is what is in no router and no
+    routed network: shared experts, their gate, the matrices around latent experts, and constant
+    experts too."""
     parts = parameter_name.split(".")
     return next((group for group in ("router", "experts") if group in parts), "dense")
 
