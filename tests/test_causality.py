@@ -37,6 +37,9 @@ CONFIGS = {
         "tie_embeddings": True,
         "moe": {"moe_layer_every": 2, "num_dense_layers": 1},
     },
+    "zero, copy and constant experts": {
+        "moe": {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 1}
+    },
     "projection norm": {"attention": {"num_heads": 4, "qk_norm": "projection"}},
     "dense": {"feed_forward": "dense"},
 } | {name: {"moe": {"router": {"name": name}}} for name in variant_names("routers")}
@@ -51,14 +54,14 @@ def path(request, monkeypatch):
         monkeypatch.setattr(attention, "SHORT_KEYS", -1)
 
 
-def build(name, by_place=True):
-    """A model in float64.
+def build(name, by_place=True, dtype=torch.float64):
+    """A model of CONFIGS.
 
     Args: by_place: False where a token's place in the batch must play no part.
     """
     if name in NOT_CAUSAL:
         pytest.skip("this router says that it is not causal")
-    model = tiny_model(dtype=torch.float64, **CONFIGS[name]).eval()
+    model = tiny_model(dtype=dtype, **CONFIGS[name]).eval()
     routers = [m.router for m in model.modules() if isinstance(m, MoELayer)]
     if not by_place and not all(router.permutes_tokens for router in routers):
         pytest.skip("this router says that it goes by a token's place")
@@ -213,8 +216,9 @@ def test_evaluation_is_deterministic_with_jitter_configured():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_float32_logits_agree_to_1e_5():
-    model, ids = tiny_model().eval(), tokens(2, SEQ_LEN)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_logits_agree_to_1e_5(name):
+    model, ids = build(name, dtype=torch.float32), tokens(2, SEQ_LEN)
     assert difference(model, ids, changed_at(ids, (0, 6)), before(6)) < 1e-5
 
 
