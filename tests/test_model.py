@@ -12,6 +12,7 @@ from model_cases import context, moe_layer, tiny_config, tiny_model, tokens
 
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
+from moe.router import RouterModule
 from moe.routing import make_routing
 from moe.variants import VariantConfig, load_variant, variant_names
 
@@ -114,10 +115,9 @@ def test_weights_are_read_only_inside_a_call_of_the_module_that_holds_them():
     assert torch.equal(found.loss, expected.loss)
 
 
-class EveryOtherExpert(torch.nn.Module):
+class EveryOtherExpert(RouterModule):
     """A router without weights, with a number of experts of each token's own, told by its layer."""
 
-    causal = True
     fixed_k = False
     learned = False
 

@@ -333,13 +333,18 @@ def test_ranks_take_the_steps_of_one_process(world):
     if world == 2:
         # Of what is offloaded: the optimizer at stage 2, both at stage 3.
         offloaded = [offloaded_cases(2, interrupted=True)[number] for number in (1, -1)]
-        cases += other_models() + interrupted_cases() + offloaded
+        cases += interrupted_cases() + offloaded
         faults = planted_faults()
     (results, *_) = run_ranks(world, run_cases, cases + faults, data(), seconds=240)
     check_all(cases, results[: len(cases)])
     for changes, found in zip(faults, results[len(cases) :], strict=True):
         with pytest.raises(AssertionError):
             check(changes, found)
+
+
+def test_two_ranks_take_the_steps_of_one_process_with_other_models():
+    (results, *_) = run_ranks(2, run_cases, other_models(), data(), seconds=240)
+    check_all(other_models(), results)
 
 
 @pytest.mark.slow

@@ -265,6 +265,16 @@ def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_pa
     assert "is of other settings (optimizer.learning_rate: 0.02 there, 0.5 now)" in error
 
 
+@pytest.mark.parametrize("text", ['{"arm": "to', "{}", "[]", "7"])
+def test_a_damaged_result_is_named(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    path = out / "seed_0" / "top2.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert sweep(out, seeds=2) == 2
+    assert f"{path} is damaged: no result of a run; delete it" in capsys.readouterr().err
+
+
 def test_an_arm_that_diverges_is_named_and_the_finished_ones_stay(tmp_path, capsys):
     out, arms = tmp_path / "out", {"good": {}, "wild": {"optimizer": {"learning_rate": 1e30}}}
     assert sweep(out, arms=arms, seeds=2) == 5

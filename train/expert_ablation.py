@@ -49,7 +49,7 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
     for batch in text.mixed_batches():
         reading = read(model, batch)
         # Not the logits: those of all layers and tokens would not be bounded.
-        routes = [routing.topk_indices for routing in reading.routings]
+        routes = [routing.chosen_indices for routing in reading.routings]
         whole.append((batch, reading.losses, routes))
         loss += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)

@@ -81,7 +81,7 @@ def _automatic_precision(sweep: Sweep) -> str:
     automatic = [name for name, each in sweep.arms.items() if each.training.precision == "auto"]
     finished = sorted(Path(sweep.shared.output_dir).glob("seed_*/*.json"))
     kept = next((path for path in finished if path.stem in automatic), None)
-    earlier = json.loads(kept.read_text())["environment"]["precision"] if kept else None
+    earlier = _read_result(kept)["environment"]["precision"] if kept else None
     return choose_precision("auto", choose_device(sweep.shared.training.device), earlier=earlier)
 
 
@@ -94,15 +94,31 @@ def _settings(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     }
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    """The result in a file.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = all(key in found for key in ("settings", "environment", "history"))
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{path} is damaged: no result of a run; delete it to train it again")
+    return found
+
+
 def kept_result(run: Run) -> dict[str, Any] | None:
     """The result of a run that is finished, None of another.
 
     Raises:
-        ConfigError: if it is of other settings.
+        ConfigError: if it is of other settings, or damaged.
     """
     if not run.path.exists():
         return None
-    kept = json.loads(run.path.read_text())
+    kept = _read_result(run.path)
     changes = changed_settings(kept["settings"], run.settings, ("there", "now"))
     if changes:
         raise ConfigError(
