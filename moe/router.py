@@ -157,6 +157,25 @@ def refuse_constant_weight(top_k: int | None, normalize: bool, setting: str = "t
         )
 
 
+class ChoosingRouter(LinearRouter):
+    """A router that chooses by `choose`, and weighs by its config's scores at these experts."""
+
+    replays = True
+
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
+        """(T, K) int64 experts of (T, E) logits without a gradient, -1 for no assignment."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+        config = self.config
+        router_logits = self.logits(x, context)  # (T, E)
+        indices = context.topk_indices
+        if indices is None:
+            indices = self.choose(router_logits.detach(), context)
+        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
+        return routing_of(router_logits, chosen, context)
+
+
 class AssignedConfig(VariantConfig):
     """Settings of an `AssignedRouter`: top_k experts a token; their weights, 1/K each, or learned
     scores at these experts; without `normalize` 1 each, or the scores as they are."""

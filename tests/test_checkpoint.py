@@ -117,7 +117,7 @@ def test_latest_names_the_newest_and_steps_beyond_eight_digits_sort(tmp_path):
     assert newest(tmp_path, no_warning).step == 100_000_000
 
 
-@pytest.mark.parametrize("group", ["../model", "/tmp/model", "a.b", "", "a b", "..", "x" * 65])
+@pytest.mark.parametrize("group", ["../model", "/model", "a.b", "", "a b", "..", "x" * 65])
 def test_group_names_that_could_leave_the_directory_are_refused(tmp_path, group):
     with pytest.raises(ValueError, match="group"):
         save_checkpoint(tmp_path, 1, {group: {}}, {}, keep_last=1)

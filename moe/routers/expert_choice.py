@@ -16,15 +16,14 @@ other sequences). Source: Zhou et al., Mixture-of-Experts with Expert Choice Rou
 2202.09368, section 3.2; without its optional cap on a token's experts.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kernels.routing import weights_of
-from moe.router import LinearRouter, routing_of
-from moe.routing import RouterContext, Routing
+from moe.router import ChoosingRouter
+from moe.routing import RouterContext
 from moe.variants import Real, VariantConfig
 
 EXAMPLES = ({"experts_per_token": 1.3}, {"experts_per_token": 4})
@@ -33,6 +32,9 @@ EXAMPLES = ({"experts_per_token": 1.3}, {"experts_per_token": 4})
 class Config(VariantConfig):
     """experts_per_token: the mean over tokens, with a fraction if wanted (it takes the place of
     K * capacity_factor); top_k None: a token may have all E experts."""
+
+    score: ClassVar[str] = "softmax"
+    normalize: ClassVar[bool] = False
 
     name: Literal["expert_choice"] = "expert_choice"
     experts_per_token: Annotated[Real, Field(gt=0)] = 2.0
@@ -47,23 +49,16 @@ class Config(VariantConfig):
             )
 
 
-class Router(LinearRouter):
+class Router(ChoosingRouter):
     """(T, D) -> Routing with E columns. In float32 always."""
 
     causal = False
     independent = False
     divisible = False
     fixed_k = False
-    replays = True
 
-    def forward(self, x: Tensor, context: RouterContext) -> Routing:
-        router_logits = self.logits(x, context)  # (T, E)
-        indices = context.topk_indices
-        if indices is None:
-            scores = router_logits.detach().softmax(-1)
-            indices = _choose(scores, context.valid, self.config.experts_per_token)
-        chosen = weights_of(router_logits, indices, normalize=False)
-        return routing_of(router_logits, chosen, context)
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
+        return _choose(router_logits.softmax(-1), context.valid, self.config.experts_per_token)
 
 
 def _choose(scores: Tensor, valid: Tensor | None, experts_per_token: float) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter, Score, refuse_constant_weight, routing_of
-from moe.routing import RouterContext, Routing, rank_in_group
+from kernels.routing import lowest_index_topk, score_of
+from moe.router import ChoosingRouter, Score, refuse_constant_weight
+from moe.routing import RouterContext, rank_in_group
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -62,26 +62,19 @@ class Config(VariantConfig):
             )
 
 
-class Router(LinearRouter):
+class Router(ChoosingRouter):
     """(T, D) -> Routing with `top_k` columns. In float32 always."""
 
     causal = False
     independent = False
     fixed_k = False
-    replays = True
 
-    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
         config = self.config
-        router_logits = self.logits(x, context)  # (T, E)
-        indices = context.topk_indices
-        if indices is None:
-            logits = router_logits.detach()
-            indices = lowest_index_topk(logits, config.top_k or logits.shape[1])  # (T, K)
-            scores = score_of(logits, config.score).gather(-1, indices)
-            kept = _keep(scores, _documents(context, x.device), context.valid, config)
-            indices = indices.masked_fill(~kept, -1)
-        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return routing_of(router_logits, chosen, context)
+        indices = lowest_index_topk(router_logits, config.top_k or self.num_experts)  # (T, K)
+        scores = score_of(router_logits, config.score).gather(-1, indices)
+        kept = _keep(scores, _documents(context, scores.device), context.valid, config)
+        return indices.masked_fill(~kept, -1)
 
 
 def _documents(context: RouterContext, device: torch.device) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kernels.routing import lowest_index_topk, weights_of
-from moe.router import LinearRouter, refuse_constant_weight, routing_of
-from moe.routing import RouterContext, Routing
+from kernels.routing import lowest_index_topk
+from moe.router import ChoosingRouter, refuse_constant_weight
+from moe.routing import RouterContext
 from moe.variants import Count, Real, VariantConfig
 
 EXAMPLES = (
@@ -50,26 +50,19 @@ class Config(VariantConfig):
         return self
 
 
-class Router(LinearRouter):
+class Router(ChoosingRouter):
     """(T, D) -> Routing. In float32 always."""
 
     causal = False
     independent = False
     divisible = False
-    replays = True
 
-    def forward(self, x: Tensor, context: RouterContext) -> Routing:
-        config = self.config
-        router_logits = self.logits(x, context)  # (T, E)
-        indices = context.topk_indices
-        if indices is None:
-            choice = router_logits.detach()
-            if context.training:
-                choice = choice / config.temperature
-                choice = choice + _offsets(choice, context.valid, config.num_iterations)
-            indices = lowest_index_topk(choice, config.top_k)  # (T, K)
-        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return routing_of(router_logits, chosen, context)
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
+        config, choice = self.config, router_logits
+        if context.training:
+            choice = choice / config.temperature
+            choice = choice + _offsets(choice, context.valid, config.num_iterations)
+        return lowest_index_topk(choice, config.top_k)
 
 
 def _offsets(scores: Tensor, valid: Tensor | None, num_iterations: int) -> Tensor:

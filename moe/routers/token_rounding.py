@@ -38,9 +38,9 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter, refuse_constant_weight, routing_of
-from moe.routing import RouterContext, Routing
+from kernels.routing import lowest_index_topk, score_of
+from moe.router import ChoosingRouter, refuse_constant_weight
+from moe.routing import RouterContext
 from moe.variants import Count, VariantConfig
 
 # Of 8192 tokens with 8 of 512 experts, 244 wish to round up by 128. Planned for all tokens, 141 are
@@ -87,29 +87,22 @@ class Config(VariantConfig):
             )
 
 
-class Router(LinearRouter):
+class Router(ChoosingRouter):
     """(T, D) -> Routing with experts_per_token + 1 columns. In float32 always."""
 
     causal = False
     independent = False
     divisible = False
     fixed_k = False
-    replays = True
 
-    def forward(self, x: Tensor, context: RouterContext) -> Routing:
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
         config = self.config
-        router_logits = self.logits(x, context)  # (T, E)
-        indices = context.topk_indices
-        if indices is None:
-            logits = router_logits.detach()
-            own = lowest_index_topk(logits, min(config.experts_per_token, self.num_experts))
-            further = torch.full_like(own[:, :1], -1)
-            if context.training:
-                scores = score_of(logits, config.score)
-                own, further = _round(scores, own, context.valid, config.tile, config.rounding)
-            indices = torch.cat([own, further], dim=-1)  # (T, K + 1)
-        chosen = weights_of(router_logits, indices, score=config.score, normalize=config.normalize)
-        return routing_of(router_logits, chosen, context)
+        own = lowest_index_topk(router_logits, min(config.experts_per_token, self.num_experts))
+        further = torch.full_like(own[:, :1], -1)
+        if context.training:
+            scores = score_of(router_logits, config.score)
+            own, further = _round(scores, own, context.valid, config.tile, config.rounding)
+        return torch.cat([own, further], dim=-1)  # (T, K + 1)
 
 
 def _round(

@@ -19,14 +19,14 @@ each layer and in log(1 - p), in place of one p for all layers and logits rescal
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels.routing import lowest_index_topk, score_of, weights_of
-from moe.router import LinearRouter, routing_of
+from kernels.routing import lowest_index_topk, score_of
+from moe.router import ChoosingRouter
 from moe.routing import RouterContext, Routing
 from moe.variants import Count, Real, VariantConfig
 
@@ -43,6 +43,8 @@ class Config(VariantConfig):
     """p at the start; max_experts a token, None is all; target: mean number of experts a token,
     None leaves p as it is; proportional, integral: gains of the controller, in nats of 1 - p for
     an error of all experts."""
+
+    score: ClassVar[str] = "softmax"
 
     name: Literal["top_p"] = "top_p"
     p: Annotated[Real, Field(gt=0, le=1)] = 0.4
@@ -92,11 +94,10 @@ class Config(VariantConfig):
                 )
 
 
-class Router(LinearRouter):
+class Router(ChoosingRouter):
     """(T, D) -> Routing, K = max_experts or E columns, -1 behind a token's experts. In float32."""
 
     fixed_k = False
-    replays = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
         super().__init__(config, hidden_size, num_experts)
@@ -125,18 +126,13 @@ class Router(LinearRouter):
         self.last_error.zero_()
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
-        router_logits = self.logits(x, context)  # (T, E)
-        given = context.topk_indices
-        if given is None:
-            given = self.choose(router_logits.detach())
-        chosen = weights_of(router_logits, given, normalize=self.config.normalize)
-        routing = routing_of(router_logits, chosen, context)
+        routing = super().forward(x, context)
         if self.config.target is None:
             return routing
         share = routing.tokens_per_expert / routing.num_tokens.clamp(min=1)  # (E,)
         return routing._replace(feedback=share)
 
-    def choose(self, router_logits: Tensor) -> Tensor:
+    def choose(self, router_logits: Tensor, context: RouterContext) -> Tensor:
         """(T, K) experts by falling probability, -1 behind the last that is needed."""
         order = lowest_index_topk(router_logits, self.top_k)  # (T, K)
         probs = score_of(router_logits, "softmax").gather(-1, order)
