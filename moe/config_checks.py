@@ -5,9 +5,10 @@ import re
 from typing import TYPE_CHECKING
 
 from moe.layer_overrides import check_overrides
+from moe.variants import load_variant, variant_names
 
 if TYPE_CHECKING:
-    from moe.config import ModelConfig
+    from moe.config import ModelConfig, MoEConfig
 
 
 def check_attention(config: "ModelConfig") -> None:
@@ -111,6 +112,24 @@ def _check_router(config: "ModelConfig") -> None:
             f"model.moe.router.name ({moe.router.name}) lets a token see later ones, which "
             f"spoils language modelling; set model.moe.allow_non_causal: true to use it anyway"
         )
+    if config.moe_layers:
+        _check_noise(moe)
+
+
+def _check_noise(moe: "MoEConfig") -> None:
+    """ValueError on a loss that needs a noise which the router does not draw."""
+    needy = [loss.name for loss in moe.losses if loss.needs_noise]
+    if needy and not _draws_noise(moe.router.name):
+        noisy = ", ".join(name for name in variant_names("routers") if _draws_noise(name))
+        raise ValueError(
+            f"model.moe.losses names {needy[0]}, which needs a router that draws noise on its "
+            f"logits; model.moe.router.name ({moe.router.name}) does not: take {noisy}, or another "
+            f"loss, such as importance"
+        )
+
+
+def _draws_noise(router: str) -> bool:
+    return load_variant("routers", router).Router.draws_noise
 
 
 def _check_drop_priority(config: "ModelConfig") -> None:

@@ -35,6 +35,7 @@ class RouterModule(nn.Module):
     learned: it has weights to learn.
     replays: it takes `context.topk_indices` in place of its own choice.
     penalizes: its Routing has a `penalty`.
+    draws_noise: its Routing has `noise_std` and `selection_logits`.
     """
 
     causal = True
@@ -46,6 +47,7 @@ class RouterModule(nn.Module):
     learned = True
     replays = False
     penalizes = False
+    draws_noise = False
 
     def forward(self, x: Tensor, context: RouterContext) -> Routing:
         """The Routing of (T, D) hidden states."""

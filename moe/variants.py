@@ -16,8 +16,7 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
               activate(w1 x, w3 x) -> (..., F), of w1 x alone where has_gate is False: what stands
               between the matrices, also in shared experts and dense layers, which need it
 
-A module may have EXAMPLES, settings that the contract's tests try beside the defaults; a loss,
-NEEDS, fields of the Routing that it reads although not every router fills them.
+A module may have EXAMPLES, settings that the contract's tests try beside the defaults.
 """
 
 import importlib
@@ -91,6 +90,11 @@ class VariantConfig(BaseModel):
     @property
     def needs_batch_counts(self) -> bool:
         """Whether a loss must know the whole step's counts before the first backward pass."""
+        return False
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a loss reads what only a router that `draws_noise` has in its Routing."""
         return False
 
 

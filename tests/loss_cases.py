@@ -16,11 +16,10 @@ T, E = 12, 4
 
 
 class Loss(NamedTuple):
-    """A loss with its settings, and the fields of a Routing that it needs and not every router
-    gives."""
+    """A loss with its settings, and whether it needs the Routing of a router that draws noise."""
 
     call: Callable[[Routing, LossContext], Tensor]
-    needs: tuple[str, ...] = ()
+    noisy: bool = False
 
 
 def cases() -> list[tuple[str, dict[str, Any]]]:
@@ -37,7 +36,7 @@ def build(name: str, settings: dict[str, Any]) -> Loss:
     config = module.Config(name=name, **settings)
     return Loss(
         lambda routing, context: module.loss(config, routing, context),
-        tuple(getattr(module, "NEEDS", ())),
+        config.needs_noise,
     )
 
 
@@ -48,22 +47,21 @@ def context(num_tokens: int, valid=None, shape=None, counts=None) -> LossContext
     )
 
 
-def route(logits: Tensor, valid: Tensor | None = None, needs: tuple[str, ...] = ()) -> Routing:
+def route(logits: Tensor, valid: Tensor | None = None, noisy: bool = False) -> Routing:
     """Top-2 of the softmax of logits; where noise is needed, of noisy logits, in which the noise
     follows from the logit, so that it moves with token and expert."""
     given, selection = {}, logits
-    if needs:
+    if noisy:
         std = torch.nn.functional.softplus(0.5 * logits) + 0.1
         selection = logits + std * torch.sin(5 * logits)
         given = {"noise_std": std, "selection_logits": selection}
-        assert set(needs) <= set(given), f"no test gives {needs}"
     probs = selection.softmax(-1)
     indices = selection.topk(2).indices
     return make_routing(logits, probs, probs.gather(1, indices), indices, valid, **given)
 
 
 def value_of(loss: Loss, logits: Tensor, valid: Tensor | None = None, shape=None) -> Tensor:
-    routing = route(logits, valid, loss.needs)
+    routing = route(logits, valid, loss.noisy)
     return loss.call(routing, context(len(logits), valid, shape))
 
 

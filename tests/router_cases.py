@@ -117,6 +117,8 @@ def check_record(make: Make) -> None:
                 wanted = num_valid * routing.topk_indices.shape[1]
                 assert int(routing.demand.sum()) == wanted
             assert (routing.penalty is not None) == router.penalizes
+            for of_noise in (routing.noise_std, routing.selection_logits):
+                assert (of_noise is not None) == router.draws_noise
 
 
 def check_small(make: Make) -> None:

@@ -239,7 +239,7 @@ def numpy_case(with_padding):
     """(Routing with all that a loss may need, valid, the same in NumPy without padding)."""
     valid = torch.arange(T) % 3 > 0 if with_padding else None
     logits = 2 * randn(T, E, seed=11, dtype=torch.float64)
-    routing = route(logits, valid, ("noise_std", "selection_logits"))
+    routing = route(logits, valid, noisy=True)
     kept = slice(None) if valid is None else valid.numpy()
     fields = ("router_logits", "router_probs", "topk_weights", "topk_indices")
     fields += ("noise_std", "selection_logits")
@@ -318,7 +318,7 @@ def _column(indices):
 def test_load_is_that_of_noise_drawn_again():
     """P(t, i) is how often i is among the K chosen where its noise alone is another one."""
     logits = randn(3, E, seed=12, dtype=torch.float64)
-    routing = route(logits, None, ("noise_std", "selection_logits"))
+    routing = route(logits, noisy=True)
     draws, loads = 40000, torch.zeros(E, dtype=torch.float64)
     for expert in range(E):
         noise = randn(draws, 3, seed=expert, dtype=torch.float64)
@@ -328,14 +328,9 @@ def test_load_is_that_of_noise_drawn_again():
     assert compute("load", {}, routing).item() == pytest.approx(squared_cv(loads.numpy()), rel=0.03)
 
 
-def test_load_without_a_noisy_router_says_which_to_take():
-    with pytest.raises(
-        ValueError, match=r"model\.moe\.losses names load.*router\.name: noisy_topk"
-    ):
+def test_load_needs_the_routing_of_a_noisy_router():
+    with pytest.raises(ValueError, match="the load loss needs"):
         compute("load", {}, random_routing()[1])
-    model = tiny_model(moe={"losses": [{"name": "load"}]})
-    with pytest.raises(ValueError, match="noisy_topk"):
-        model(tokens(2, 5), tokens(2, 5))
 
 
 def test_load_of_all_experts_is_balanced_whatever_the_noise():
@@ -373,11 +368,11 @@ def test_a_step_down_the_gradient_does_what_the_loss_is_for():
     for name, settings in cases():
         loss = build(name, settings)
         logits = randn(T, E, seed=14, dtype=torch.float64).requires_grad_()
-        before = loss.call(route(logits, None, loss.needs), context(T))
+        before = loss.call(route(logits, None, loss.noisy), context(T))
         before.backward()
         with torch.no_grad():
             moved = logits - 1e-3 * logits.grad / logits.grad.norm()
-        assert loss.call(route(moved, None, loss.needs), context(T)) < before, name
+        assert loss.call(route(moved, None, loss.noisy), context(T)) < before, name
 
 
 # --- the same whatever splits the batch ---
@@ -483,11 +478,11 @@ def test_activation_checkpointing_neither_doubles_counts_nor_changes_a_bit():
 def test_a_loss_of_which_a_part_of_a_step_has_its_own_says_so(name, settings):
     """Else the shares of two passes add up to the loss of the whole step."""
     loss, logits = build(name, settings), randn(T, E, seed=15, dtype=torch.float64)
-    whole = route(logits, None, loss.needs)
+    whole = route(logits, None, loss.noisy)
     counts = whole.tokens_per_expert
 
     def value_of(rows):
-        part = route(logits[rows], None, loss.needs)
+        part = route(logits[rows], None, loss.noisy)
         return loss.call(part, context(len(part.topk_indices), None, (2, T // 4), counts))
 
     parts = (value_of(slice(T // 2)) + value_of(slice(T // 2, T))) / 2

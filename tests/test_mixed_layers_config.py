@@ -75,6 +75,16 @@ def test_each_mistake_in_what_layers_differ_is_named(message):
     assert [e["msg"].removeprefix("Value error, ") for e in caught.value.errors()] == [message]
 
 
+def test_a_loss_of_noise_needs_a_router_that_draws_it_in_each_layer():
+    noisy = {"router": {"name": "noisy_topk"}, "losses": [{"name": "load"}]}
+    tiny_config(moe=noisy | {"layers": [{"layers": [1], "num_experts": 4}]})
+    told = (
+        r"names load, which .*; model\.moe\.layers\.0\.router\.name \(topk\) does not: take noisy_"
+    )
+    with pytest.raises(ValidationError, match=told):
+        tiny_config(moe=noisy | {"layers": [{"layers": [1], "router": {"name": "topk"}}]})
+
+
 def test_a_dense_block_has_no_experts_to_differ_in():
     layers = [{"layers": [0], "num_experts": 4}]
     told = r"layers \(0\) must be a block with routed experts; there are: 1 "

@@ -45,6 +45,10 @@ MISTAKES = {
     "model.moe.losses names router_z_loss twice; keep one line": {
         "moe": {"losses": [{"name": "router_z_loss"}, {"name": "router_z_loss", "weight": 1}]}
     },
+    "model.moe.losses names load, which needs a router that draws noise on its logits; "
+    "model.moe.router.name (topk) does not: take noisy_topk, or another loss, such as importance": {
+        "moe": {"losses": [{"name": "importance"}, {"name": "load"}]}
+    },
     "normalize (True) with top_k (1) makes every weight 1, so the router would get no gradient; "
     "set normalize: false or top_k of at least 2": {
         "moe": {"router": {"top_k": 1, "name": "topk"}}

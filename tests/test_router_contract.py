@@ -238,6 +238,12 @@ class HidesNan(Sound):
         return super().forward(x, context)._replace(logits_finite=torch.tensor(True))
 
 
+class ClaimsNoise(Sound):
+    """Says that it draws noise, and its Routing has none."""
+
+    draws_noise = True
+
+
 class ClaimsToSee(Sound):
     """Says that it is not causal, and is."""
 
@@ -278,6 +284,7 @@ PLANTED = {
     Detached: {"gradient"},
     Twice: {"record"},
     HidesNan: {"nonfinite"},
+    ClaimsNoise: {"record"},
     ClaimsToSee: {"causal"},
     ClaimsLess: {"record"},
 }

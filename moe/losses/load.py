@@ -22,15 +22,16 @@ from moe.losses import LossContext
 from moe.routing import Routing
 from moe.variants import Real, VariantConfig
 
-# Fields of the Routing that a router may leave out.
-NEEDS = ("noise_std", "selection_logits")
-
 
 class Config(VariantConfig):
     """weight of the term."""
 
     name: Literal["load"] = "load"
     weight: Annotated[Real, Field(ge=0)] = 0.1
+
+    @property
+    def needs_noise(self) -> bool:
+        return True
 
 
 def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
@@ -41,10 +42,7 @@ def loss(config: Config, routing: Routing, context: LossContext) -> Tensor:
     """
     noisy, std = routing.selection_logits, routing.noise_std
     if noisy is None or std is None:
-        raise ValueError(
-            "model.moe.losses names load, which needs a router that draws noise on its logits; set "
-            "model.moe.router.name: noisy_topk, or take importance in its place"
-        )
+        raise ValueError("the load loss needs the Routing of a router that draws noise")
     num_experts, top_k = noisy.shape[1], routing.topk_indices.shape[1]
     if top_k >= num_experts:
         # Every token takes every expert, whatever the noise.

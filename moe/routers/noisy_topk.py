@@ -48,6 +48,7 @@ class Router(LinearRouter):
     """(T, D) -> Routing. In float32 always."""
 
     replays = True
+    draws_noise = True
 
     def __init__(self, config: Config, hidden_size: int, num_experts: int):
         super().__init__(config, hidden_size, num_experts)
