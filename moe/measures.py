@@ -140,8 +140,9 @@ def router_sums(routing: Routing) -> RouterSums:
 
 def first_choice(routing: Routing) -> Tensor:
     """(T,) the expert with the largest weight of each token, -1 without any."""
-    best = routing.topk_weights.detach().masked_fill(routing.topk_indices < 0, -1).argmax(-1)
-    return routing.topk_indices.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    chosen = routing.chosen_indices
+    best = routing.chosen_weights.detach().masked_fill(chosen < 0, -1).argmax(-1)
+    return chosen.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
 
 def co_activation_counts(topk_indices: Tensor, num_experts: int) -> Tensor:

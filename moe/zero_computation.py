@@ -20,6 +20,9 @@ from kernels.launch import at_least_float32, no_autocast
 from kernels.matmul import linear
 from moe.routing import Routing
 
+# In the order in which they stand behind the networks.
+KINDS = ("zero", "copy", "constant")
+
 
 class ZeroComputationExperts(nn.Module):
     """What the experts that cost nothing add to a layer's output: (T, D) -> (T, D).

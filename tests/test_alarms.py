@@ -159,7 +159,7 @@ def test_a_drop_spike_is_against_the_steps_before():
     assert watched.see(60, dropped=(0, 9)) == []
     alarm = only(watched.see(10, dropped=(0, 40)), "drop spike")
     assert alarm.step == 61
-    assert "layer 3 dropped 33.3% of its assignments" in alarm.text and "10.1%" in alarm.text
+    assert "layer 3 dropped 50.0% of its assignments" in alarm.text and "11.2%" in alarm.text
     assert watched.see(10, dropped=(0, 9)) == []
     assert only(watched.see(3, dropped=(30, 9)), "drop spike").text.count("layer 1") == 1
 

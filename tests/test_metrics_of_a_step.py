@@ -80,10 +80,10 @@ def test_dropped_tokens_slow_ranks_and_mfu_have_their_numbers(tmp_path):
     writer.write_step(metrics, StepFacts(metrics.tokens_per_expert, 1.0, mfu=0.375))
     writer.close()
     events = read(tmp_path)
-    # 128 were kept in each layer.
+    # 128 were made in each layer.
     assert values(events, "load/dropped_percent/layer01")[1] == 0
-    assert values(events, "load/dropped_percent/layer02")[1] == pytest.approx(20)
-    assert values(events, "health/dropped_percent")[1] == pytest.approx(20)
+    assert values(events, "load/dropped_percent/layer02")[1] == pytest.approx(25)
+    assert values(events, "health/dropped_percent")[1] == pytest.approx(25)
     assert values(events, "speed/slowest_rank_share")[1] == pytest.approx(2)
     assert values(events, "speed/mfu")[1] == 0.375
 

@@ -93,6 +93,6 @@ def test_alarms_know_each_layers_experts_and_choices():
 def test_dropped_assignments_are_a_share_of_those_that_were_made():
     load = torch.tensor([[10] * 4 + [-7] * 4, [10] * 8, [10] * 6 + [-7] * 2])
     measures = load_measures(load, torch.tensor([10, 20, 40]), load)
-    assert measures["dropped_percent"].tolist() == pytest.approx([20, 20, 40])
+    assert measures["dropped_percent"].tolist() == pytest.approx([25, 25, 200 / 3])
     (text,) = watched(load, SPIKE_LEAST + 1, dropped=10)
-    assert "drop spike: layer 0 dropped 20.0% of its assignments" in text
+    assert "drop spike: layer 0 dropped 25.0% of its assignments" in text

@@ -108,6 +108,17 @@ def test_the_table_for_a_terminal_has_a_line_for_each_layer(analysis):
         assert row[7] == f"{layer['vocabulary_input']:.3f}"
 
 
+def test_experts_that_cost_nothing_and_a_varying_number_of_them_are_said(analysis):
+    layers = [
+        layer | {"zero_computation": ["zero", "copy", "copy"], "choices_per_token": 1.5}
+        for layer in analysis["layers"]
+    ]
+    skipped = {"skipped": "left out by --ablation-tokens 0"}
+    lines = describe(analysis | {"layers": layers, "ablation": skipped}).splitlines()
+    assert "4 experts (3 of them zero, copy), 1.50 a token, loss" in lines[0]
+    assert lines[-1] == "No expert was switched off: left out by --ablation-tokens 0."
+
+
 # ---- in a browser
 
 
@@ -145,6 +156,8 @@ def test_every_section_is_drawn_and_hostile_text_runs_nothing(analysis, tmp_path
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_reports_without_pairs_ablation_or_checkpoints_are_drawn(analysis, tmp_path):
     analysis["co_activation_counts"] = None
+    for layer in analysis["layers"]:
+        layer |= {"zero_computation": ["zero", "copy"], "choices_per_token": 1.5}
     analysis["ablation"] = {"skipped": "left out"}
     overlap = [[0.5, 0.25], [1.0, 1.0]]
     training = {"probe_tokens": 5, "steps": [1, 3], "overlap": overlap}
@@ -152,5 +165,7 @@ def test_reports_without_pairs_ablation_or_checkpoints_are_drawn(analysis, tmp_p
     seen = page_in_browser(tmp_path, render_html(analysis))
     assert seen.count("<section") == SECTIONS
     assert "so there are no pairs" in seen and "There is none: left out." in seen
+    assert "cost nothing: zero, copy." in seen and "K = 1.50 of E = 4" in seen
+    assert ">2 (zero)<" in seen and ">3 (copy)<" in seen and ">1 (zero)<" not in seen
     assert "The run has kept no other one" in seen and "During training" in seen
     assert '<div class="reading"><span' in seen

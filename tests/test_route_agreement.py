@@ -65,6 +65,10 @@ def test_agreement_is_the_share_of_common_choices():
     routes = torch.tensor([[[[1, 0], [2, 5]], [[4, 5], [1, -1]]]])
     assert routing_agreement(routes, reference).tolist() == [5 / 7]
     assert routing_agreement(reference, reference).tolist() == [1]
+    # Of 3 and 7 assignments 3 are the same, whichever comes first.
+    fewer = torch.tensor([[[[0], [3]], [[4], [-1]]]])
+    for pair in ((fewer, reference), (reference, fewer)):
+        assert routing_agreement(*pair).tolist() == [3 / 5]
 
 
 def test_the_program_prints_agreement_by_layer(capsys):

@@ -356,6 +356,10 @@ def other_text(tmp_path: Path) -> dict[str, Any]:
             {"model.moe.router": {"name": "topk", "top_k": 3}},
             "model.top_k: 2 in the recording, 3 now",
         ),
+        (
+            {"model.moe.num_experts": 3, "model.moe.num_copy_experts": 1},
+            "model.num_copy_experts: not set in the recording, 1 now",
+        ),
         ({"data.domains.0.weight": 3}, "data.weights: [0.5, 0.5] in the recording, [0.75, 0.25]"),
         (other_text, 'data.domains: ["prose", "sums"] in the recording, ["prose"] now'),
     ],

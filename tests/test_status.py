@@ -45,6 +45,10 @@ def test_the_line_has_every_number_with_its_name():
     )
 
 
+def test_a_capacity_says_what_it_dropped():
+    assert "dead 3 | dropped 2.5% | left" in format_line(STATUS._replace(dropped=0.025), 1)
+
+
 def test_what_is_not_known_is_not_made_up():
     dense = STATUS._replace(mfu=None, max_violation=None, dead_experts=None)
     assert "mfu n/a | left" in format_line(dense, 1)

@@ -207,8 +207,8 @@ class Alarms:
         return alarms
 
     def _drop_spikes(self, metrics: StepMetrics) -> list[Alarm]:
-        kept = metrics.tokens_per_expert.clamp(min=0).sum(-1)
-        shares = (metrics.num_dropped / (kept + metrics.num_dropped).clamp(min=1)).tolist()
+        made = metrics.tokens_per_expert.clamp(min=0).sum(-1)
+        shares = (metrics.num_dropped / made.clamp(min=1)).tolist()
         alarms, before = [], list(self._dropped)
         if len(before) >= SPIKE_LEAST:
             for index, share in enumerate(shares):

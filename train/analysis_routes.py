@@ -22,6 +22,7 @@ from moe.measures import (
 )
 from moe.model import MoETransformer
 from moe.routing import stack_layers
+from moe.zero_computation import KINDS
 from train.analysis_text import HeldOutText, Reading, num_labels, progress, read, sum_by_domain
 from train.packing import Batch
 from train.route_statistics import RouteStatistics, VocabularyCounts, frequent_tokens
@@ -121,8 +122,8 @@ class TextSample:
     def add(self, batch: Batch, reading: Reading) -> None:
         """Take from a batch what is still wanted."""
         size, seq_len = batch.input_ids.shape
-        experts = stack_layers([r.topk_indices for r in reading.routings], 1).cpu()  # (T, L, K)
-        weights = stack_layers([r.topk_weights for r in reading.routings], 1, fill=0).cpu()
+        experts = stack_layers([r.chosen_indices for r in reading.routings], 1).cpu()  # (T, L, K)
+        weights = stack_layers([r.chosen_weights for r in reading.routings], 1, fill=0).cpu()
         for row in range(size):
             parts = self._parts.setdefault(int(batch.domain_ids[row]), [])
             wanted = min(seq_len, self._number - sum(len(ids) for ids, _, _ in parts))
@@ -212,6 +213,7 @@ def layer_numbers(
     shuffled = domain_expert_information(counts.shuffled.transpose(1, 2)).mean(0)
     entropy, confidence, margin = (counts.router / counts.tokens.sum()).unbind(-1)
     columns = {
+        "choices_per_token": load.clamp(min=0).sum(-1) / counts.tokens.sum(),
         "max_violation": max_violation(load),
         "effective_experts": effective_experts(load),
         "dead_experts": dead_experts(load),
@@ -235,8 +237,15 @@ def layer_numbers(
     numbers = []
     for layer, row in zip(counts.config.moe_layers, rows, strict=True):
         here = counts.config.at(layer)
-        shape = {"num_experts": here.moe.num_choices, "top_k": here.top_k}
-        of_layer = {"layer": layer, **shape, "router": here.moe.router.name}
+        costless = zip(KINDS, here.moe.zero_computation, strict=True)
+        of_layer = {
+            "layer": layer,
+            "num_experts": here.moe.num_choices,
+            # The kinds of the last of them, where any cost nothing.
+            "zero_computation": [kind for kind, number in costless for _ in range(number)],
+            "top_k": here.top_k,
+            "router": here.moe.router.name,
+        }
         numbers.append(of_layer | dict(zip(columns, row, strict=True)))
     return numbers
 

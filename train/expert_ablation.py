@@ -35,7 +35,7 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
 
     The expert's assignments are taken away; the other experts of those tokens stay, their weights
     as the router computes them without it (with `normalize`, they share out its weight). Later
-    layers choose anew.
+    layers choose anew. A capacity (`eval_capacity_factor`) is that of the assignments left.
 
     Raises:
         ValueError: if the model's router cannot take routes.
@@ -53,7 +53,7 @@ def ablate_experts(model: MoETransformer, text: HeldOutText) -> Ablation:
         whole.append((batch, reading.losses, routes))
         loss += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
-        counts = [routing.tokens_per_expert for routing in reading.routings]
+        counts = [routing.demand for routing in reading.routings]
         assignments += stack_layers(counts, fill=0).cpu()
     rise = torch.zeros(num_domains, *assignments.shape, dtype=torch.float64)
     with progress("ablation", sum(num_experts), "experts") as done:

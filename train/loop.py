@@ -236,7 +236,9 @@ class Loop:
             self.status.message(alarm.text)
         mfu = None if self._utilisation is None else speed * self._utilisation
         if self._logged(step):
-            layers = len(metrics.tokens_per_expert)
+            layers = len(load)
+            made = int(load.clamp(min=0).sum())
+            limited = layers and self.config.model.moe.capacity_factor is not None
             self.status.show(
                 Status(
                     step=metrics.step,
@@ -246,10 +248,9 @@ class Loop:
                     gradient_norm=metrics.gradient_norm,
                     tokens_per_second=speed,
                     mfu=mfu,
-                    max_violation=float(max_violation(metrics.tokens_per_expert).max())
-                    if layers
-                    else None,
+                    max_violation=float(max_violation(load).max()) if layers else None,
                     dead_experts=int(dead_experts(window).sum()) if layers else None,
+                    dropped=int(metrics.num_dropped.sum()) / max(1, made) if limited else None,
                 )
             )
         if self.writer is None or not (self._logged(step) or self._pictured(step) or alarms):

@@ -59,11 +59,11 @@ class StepMetrics(NamedTuple):
     """One optimizer step, summed over ranks and accumulation.
 
     lm_loss nats per token; aux_losses unweighted and aux_coefficients, what multiplied them in the
-    loss, both by name; gradient_norm before clipping; tokens_per_expert (L, E) assignments of L
-    routed layers, below 0 where a layer has no such expert, and num_dropped (L,) of those that were
-    dropped; work_seconds (W,) of each rank's forward passes in the step before (`WorkClock`);
-    skipped: the step was not applied since something was inf or NaN; detail: None where it was not
-    asked for.
+    loss, both by name; gradient_norm before clipping; tokens_per_expert (L, E) assignments that
+    the routers of L routed layers made, below 0 where a layer has no such expert, and num_dropped
+    (L,) those of them that a capacity took back; work_seconds (W,) of each rank's forward passes in
+    the step before (`WorkClock`); skipped: the step was not applied since something was inf or NaN;
+    detail: None where it was not asked for.
     """
 
     step: int
@@ -83,8 +83,8 @@ class StepMetrics(NamedTuple):
 class RoutingSums(NamedTuple):
     """What a forward pass adds to the step's numbers about routing, L routed layers.
 
-    counts (L, E) int64 assignments (below 0: no such expert in this layer), and dropped (L, E)
-    those that a capacity took back.
+    counts (L, E) int64 assignments that the routers made (below 0: no such expert in this layer),
+    and dropped (L,) int64 those of them that a capacity took back.
     logit_counts (L, LOGIT_BINS) int64 and tokens (6, L) float64, the sums of `RouterSums`, both
     without layers where they were not asked for; logit_max (L,).
     """
@@ -105,11 +105,6 @@ class RoutingSums(NamedTuple):
             torch.maximum(self.logit_max, other.logit_max),
         )
 
-    @property
-    def demand(self) -> Tensor:
-        """(L, E) assignments that the routers made."""
-        return self.counts + self.dropped
-
     def means(self) -> RouterMeans:
         """Over the tokens that were summed."""
         num_tokens, *sums = self.tokens.cpu()
@@ -123,9 +118,11 @@ def routing_sums(
     """The numbers of one forward pass, without waiting for the device."""
     if not routings:
         none = torch.zeros(0, 1, dtype=torch.int64, device=device)
-        return RoutingSums(none, none, none, none.new_zeros(6, 0).double(), none[:, 0].double())
-    counts = stack_layers([routing.tokens_per_expert for routing in routings])
-    dropped = stack_layers([routing.num_dropped for routing in routings], fill=0)
+        return RoutingSums(
+            none, none[:, 0], none, none.new_zeros(6, 0).double(), none[:, 0].double()
+        )
+    counts = stack_layers([routing.demand for routing in routings])
+    dropped = torch.stack([routing.num_dropped.sum() for routing in routings])
     if not detail:
         none = counts.new_zeros(0, LOGIT_BINS)
         return RoutingSums(

@@ -40,9 +40,8 @@ def describe(analysis: dict[str, Any]) -> str:
     tokens = sum(analysis["tokens"].values())
     head = (
         f"{analysis['run']}, step {analysis['step']}: {tokens:,} tokens of held-out text, "
-        f"{format_layers(row['num_experts'] for row in analysis['layers'])} experts, "
-        f"top-{format_layers(row['top_k'] for row in analysis['layers'])}, loss "
-        f"{analysis['loss']['mean']:.4f} nats/token (mean over {len(analysis['domains'])} domains)"
+        f"{format_layers(map(_experts, analysis['layers']))}, loss {analysis['loss']['mean']:.4f} "
+        f"nats/token (mean over {len(analysis['domains'])} domains)"
     )
     rows = [["layer", "MaxVio", "effective", "dead", "domain info", "shuffled", "repeat rate"]]
     rows[0] += ["vocabulary", "permuted"]
@@ -61,6 +60,8 @@ def describe(analysis: dict[str, Any]) -> str:
             ]
         )
     lines = [head, "", format_table(rows, str.rjust)]
+    if skipped := analysis["ablation"].get("skipped"):
+        lines += ["", f"No expert was switched off: {skipped}."]
     if top := analysis["ablation"].get("top_experts"):
         first = top[0]
         lines += [
@@ -70,3 +71,12 @@ def describe(analysis: dict[str, Any]) -> str:
             f"on {first['domain']}.",
         ]
     return "\n".join([*lines, ""])
+
+
+def _experts(row: dict[str, Any]) -> str:
+    """What a layer chooses among, and how many a token has: `8 experts, top-2`."""
+    costless = row["zero_computation"]
+    free = f" ({len(costless)} of them {', '.join(dict.fromkeys(costless))})" if costless else ""
+    mean, most = row["choices_per_token"], row["top_k"]
+    number = f"top-{most}" if mean == most else f"{mean:.2f} a token"
+    return f"{row['num_experts']} experts{free}, {number}"

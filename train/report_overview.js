@@ -6,12 +6,23 @@ const layerNames = layers.map((row) => row.layer);
 // Layers may differ in their experts: those of one, the most that any has, and what each has.
 const expertsOf = (l) => range(layers[l].num_experts);
 const mostExperts = Math.max(...layers.map((row) => row.num_experts));
-const ofLayers = (key) => {
-  const values = [...new Set(layers.map((row) => row[key]))];
-  return values.length > 1 ? layers.map((row) => row[key]).join(" / ") : String(values[0]);
+const ofLayers = (value) => {
+  const values = layers.map(value);
+  return new Set(values).size > 1 ? values.join(" / ") : String(values[0]);
 };
+const numExperts = ofLayers((row) => row.num_experts);
+// K, or the mean where tokens differ in it.
+const numChosen = ofLayers((row) =>
+  (row.choices_per_token === row.top_k ? row.top_k : row.choices_per_token.toFixed(2)));
+// The last experts of a layer may cost nothing: their kinds, and an expert's number with its kind.
+const costless = ofLayers((row) => row.zero_computation.join(", "));
+function expertName(l, e) {
+  const { num_experts: number, zero_computation: kinds } = layers[l];
+  const kind = kinds[e - (number - kinds.length)];
+  return kind ? `${e} (${kind})` : String(e);
+}
 // K / E, or null where layers differ in it.
-const evenShares = new Set(layers.map((row) => row.top_k / row.num_experts));
+const evenShares = new Set(layers.map((row) => row.choices_per_token / row.num_experts));
 const evenShare = evenShares.size > 1 ? null : [...evenShares][0];
 const numTokens = sum(Object.values(analysis.tokens));
 
@@ -100,7 +111,7 @@ function overview(body) {
     cards({
       "training tokens": whole(analysis.trained_tokens),
       "held-out tokens analysed": whole(numTokens),
-      "experts in each routed layer": `${ofLayers("num_experts")}, top-${ofLayers("top_k")}${shared}`,
+      "experts in each routed layer, of these a token has": `${numExperts}, ${numChosen}${shared}`,
       "layers, routed / all": `${layers.length} / ${model.num_layers}`,
       "million parameters, active / all":
         `${millions(model.active_parameters)} / ${millions(model.parameters)}`,
@@ -108,6 +119,7 @@ function overview(body) {
       "sequence length, tokens": whole(analysis.seq_len),
       "read in float32 on": analysis.device,
     }),
+    ...(costless ? [note(`The last experts of each layer cost nothing: ${costless}.`)] : []),
     heading("Loss on held-out text"),
     table(["domain", "loss, nats/token", "tokens"], [
       ...domains.map((name) => [name, loss.domains[name].toFixed(4), whole(analysis.tokens[name])]),

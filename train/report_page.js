@@ -11,7 +11,7 @@ const SECTIONS = [
     + "is more."],
   ["domains", "Which experts read which domain", domainMap,
     "The share of a domain's tokens that go to an expert; with "
-    + `K = ${ofLayers("top_k")} of E = ${ofLayers("num_experts")} it is `
+    + `K = ${numChosen} of E = ${numExperts} it is `
     + `K/E${evenShare === null ? "" : ` = ${percent(evenShare)}`} where routes know nothing of `
     + "domains and the load is even."],
   ["vocabulary", "Does an expert know its words?", vocabulary,

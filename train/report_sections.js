@@ -19,7 +19,7 @@ function loadMap(body) {
       rowName: (l) => String(layerNames[l]),
       columnName: String,
       colour: (l, e) => shareColour(share(l, e)),
-      tip: (l, e) => `layer ${layerNames[l]}, expert ${e}\n`
+      tip: (l, e) => `layer ${layerNames[l]}, expert ${expertName(l, e)}\n`
         + `${share(l, e).toFixed(3)} × an even share\n`
         + `${whole(load[l][e])} of ${whole(total[l])} assignments`,
     }),
@@ -47,7 +47,7 @@ function domainMap(body) {
     rowName: (d) => domains[d],
     columnName: (c) => String(order[c] ?? ""),
     colour: (d, c) => shareColour(times(d, order[c])),
-    tip: (d, c) => `${domains[d]}, layer ${layerNames[layer]}, expert ${order[c]}\n`
+    tip: (d, c) => `${domains[d]}, layer ${layerNames[layer]}, expert ${expertName(layer, order[c])}\n`
       + `${percent(share(d, order[c]))} of the domain's tokens; ${percent(even(d))} if even\n`
       + `${times(d, order[c]).toFixed(3)} ×`,
   });
@@ -106,7 +106,7 @@ function vocabulary(body) {
 
   function fill() {
     const top = analysis.vocabulary.top_tokens[ROLES[role][0]][layer];
-    const row = (e) => [String(e), element("div", { className: "chips" }, top[e].map(chip))];
+    const row = (e) => [expertName(layer, e), element("div", { className: "chips" }, top[e].map(chip))];
     const head = ["expert", "its tokens, and the share of their occurrences that it gets"];
     rows.replaceChildren(table(head, expertsOf(layer).map(row), 2));
   }
@@ -157,7 +157,7 @@ function coActivation(body) {
     colour: (i, j) =>
       (i === j || !chosen(i) || !chosen(j) ? "transparent" : shareColour(times(i, j))),
     tip: (i, j) => (i === j
-      ? `expert ${i}: ${whole(chosen(i))} tokens`
+      ? `expert ${expertName(layer, i)}: ${whole(chosen(i))} tokens`
       : `P(${j} | ${i}) = ${given(i, j).toFixed(4)}\n`
         + `${expected(i, j).toFixed(4)} if choices were independent\n`
         + `${times(i, j).toFixed(2)} ×; ${whole(counts[layer][i][j])} tokens chose both`),
@@ -169,7 +169,7 @@ function coActivation(body) {
     all = sum(experts.map(chosen));
     const each = experts.flatMap((i) => experts.filter((j) => j !== i).map((j) => [i, j]));
     const best = each.sort(([a, b], [c, d]) => given(c, d) - given(a, b)).slice(0, 10);
-    const row = ([i, j]) => [String(i), String(j), given(i, j).toFixed(3),
+    const row = ([i, j]) => [expertName(layer, i), expertName(layer, j), given(i, j).toFixed(3),
       expected(i, j).toFixed(3), `${times(i, j).toFixed(1)} ×`];
     pairs.replaceChildren(table(["i", "j", "P(j | i)", "independent", "times"], best.map(row)));
   }
@@ -281,12 +281,13 @@ function ablation(body) {
     rowName: (l) => String(layerNames[l]),
     columnName: String,
     colour: (l, e) => diverging(place(rise[l][e])),
-    tip: (l, e) => `without expert ${e} of layer ${layerNames[l]}\n`
+    tip: (l, e) => `without expert ${expertName(l, e)} of layer ${layerNames[l]}\n`
       + `${signed(rise[l][e], 5)} nats/token\n`
       + `it had ${whole(found.assignments[l][e])} assignments\n`
       + names.map((name, d) => `${name} ${signed(each[d][l][e], 4)}`).join("\n"),
   });
-  const row = (top) => [String(top.layer), String(top.expert), signed(top.rise, 4), top.domain,
+  const named = (top) => expertName(layerNames.indexOf(top.layer), top.expert);
+  const row = (top) => [String(top.layer), named(top), signed(top.rise, 4), top.domain,
     signed(top.domain_rise, 4)];
   body.append(
     element("div", { className: "controls" },
@@ -322,7 +323,7 @@ function colouredText(body) {
   function tipOf(t) {
     const weights = part.weights[layer][t];
     const lines = part.experts[layer][t].slice(0, layers[layer].top_k).map((expert, k) =>
-      (expert < 0 ? "no expert" : `expert ${expert}  ${weights[k].toFixed(3)}`));
+      (expert < 0 ? "no expert" : `expert ${expertName(layer, expert)}  ${weights[k].toFixed(3)}`));
     const id = part.token_ids[t];
     return [`${tokenName(id)}  (token ${id})`, ...lines].join("\n");
   }
@@ -339,7 +340,7 @@ function colouredText(body) {
   }
 
   function expertChip([expert, count]) {
-    const name = expert < 0 ? "none" : String(expert);
+    const name = expert < 0 ? "none" : expertName(layer, expert);
     const className = expert === highlighted ? "chip chosen" : "chip";
     const chip = element("button", { className, type: "button" }, name,
       element("small", { textContent: `  ${count}` }));

@@ -49,7 +49,7 @@ class RouteStatistics:
         for layer, routing in enumerate(routings):
             num_experts = routing.router_logits.shape[-1]
             by_sequence[:, layer, :num_experts] = counts_by_sequence(routing, size)
-            together = co_activation_counts(routing.topk_indices, num_experts)
+            together = co_activation_counts(routing.chosen_indices, num_experts)
             self.co_activation[layer, :num_experts, :num_experts] += together
             chosen = first_choice(routing).view(size, seq_len)
             self.repeats[layer] += torch.stack(repeats(chosen, documents))
@@ -100,8 +100,8 @@ class VocabularyCounts:
         self._place[self.token_ids] = torch.arange(number, device=device)
 
     def add(self, ids: Tensor, routings: Sequence[Routing]) -> None:
-        """Count (T,) tokens and the experts that each was sent to; ids below 0 count nowhere."""
-        self.add_routes(ids, [routing.topk_indices for routing in routings])
+        """Count (T,) tokens and the experts chosen for each; ids below 0 count nowhere."""
+        self.add_routes(ids, [routing.chosen_indices for routing in routings])
 
     def add_routes(self, ids: Tensor, routes: Sequence[Tensor]) -> None:
         """As `add`, from the (T, K) experts of each layer, -1 for none."""

@@ -8,7 +8,8 @@ One row per token and routed layer; the layers of a token follow each other:
                                   number of the document in the sequence
     domain                        text, dictionary-encoded
     layer                         int16, number of the block
-    experts, weights              K int16 (-1: none) and K float32, the largest K of any layer
+    experts, weights              K int16 (-1: none) and K float32, the largest K of any layer, as
+                                  routers chose: before a capacity takes any back
 """
 
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,8 @@ class RouteTable:
         domains = batch.domain_ids.numpy().astype(np.int32).repeat(seq_len * num_layers)
         columns.append(pa.DictionaryArray.from_arrays(pa.array(domains), self._domains))
         columns.append(pa.array(np.tile(self._layers, size * seq_len)))
-        experts = stack_layers([r.topk_indices for r in reading.routings], 1)  # (T, L, K)
-        weights = stack_layers([r.topk_weights for r in reading.routings], 1, fill=0)
+        experts = stack_layers([r.chosen_indices for r in reading.routings], 1)  # (T, L, K)
+        weights = stack_layers([r.chosen_weights for r in reading.routings], 1, fill=0)
         for values, kind in ((experts, np.int16), (weights, np.float32)):
             flat = pa.array(values.flatten().cpu().numpy().astype(kind))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, self._top_k))

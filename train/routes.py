@@ -213,6 +213,9 @@ def make_header(config: RunConfig, model: ModelConfig, facts: dict[str, Any]) ->
         "num_experts": _of_layers(model.choices_of_layers),
         "top_k": _of_layers(model.top_k_of_layers),
     }
+    # The last of each layer's experts: those that cost nothing.
+    names = ("num_zero_experts", "num_copy_experts", "num_constant_experts")
+    experts |= {name: number for name in names if (number := getattr(model.moe, name))}
     # Two runs that differ in a rate only are two runs; a run keeps its place.
     run = {"output_dir": normpath(config.output_dir), **facts}
     return Header(
@@ -249,13 +252,20 @@ def _refuse(problem: str, lines: list[str], way_out: str) -> None:
 # ---- how far two recordings agree
 
 
-def routing_agreement(routes: Tensor, reference: Tensor) -> Tensor:
-    """`moe.measures.route_overlap` of each layer: the share of `reference` that `routes` has too.
+def routing_agreement(a: Tensor, b: Tensor) -> Tensor:
+    """2 sum |A_t and B_t| / sum (|A_t| + |B_t|) over tokens t, of each layer: the share of the
+    assignments that both have; 1 where they are equal, the same whichever comes first.
 
     Args: (L, B, S, K) chosen experts of the same tokens, -1 for none; K may differ.
     Returns: (L,) float64.
     """
-    return route_overlap(routes.flatten(1, 2), reference.flatten(1, 2))
+    same = route_overlap(a.flatten(1, 2), b.flatten(1, 2)) * _assignments(b)
+    return same / ((_assignments(a) + _assignments(b)) / 2).clamp(min=1)
+
+
+def _assignments(routes: Tensor) -> Tensor:
+    """(L,) of (L, B, S, K) routes."""
+    return (routes >= 0).sum((1, 2, 3))
 
 
 def step_agreement(a: Recording, b: Recording, step: int) -> Tensor:
@@ -265,11 +275,11 @@ def step_agreement(a: Recording, b: Recording, step: int) -> Tensor:
     same = total = torch.zeros(num_layers, dtype=torch.float64)
     for first in range(0, batch_size, at_once):
         count = min(at_once, batch_size - first)
-        routes, reference = (
+        ours, theirs = (
             torch.from_numpy(each.read(step, first, count)).transpose(0, 1) for each in (a, b)
         )
-        chosen = (reference >= 0).sum((1, 2, 3))
-        same, total = same + routing_agreement(routes, reference) * chosen, total + chosen
+        number = (_assignments(ours) + _assignments(theirs)) / 2
+        same, total = same + routing_agreement(ours, theirs) * number, total + number
     return same / total.clamp(min=1)
 
 
@@ -309,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m train.routes",
-        description="How far two recordings agree: the share of B's assignments that A has too.",
+        description="How far two recordings agree: the share of their assignments that both have.",
     )
     parser.add_argument("a", type=Path, metavar="A", help="the routes.record of a run")
     parser.add_argument("b", type=Path, metavar="B", help="that of another, on the same data")

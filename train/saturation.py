@@ -50,11 +50,11 @@ def read_compared(model: MoETransformer, text: HeldOutText) -> ComparedText:
     routes = []
     for batch in text.batches():
         reading = read(model, batch)
-        chosen = stack_layers([routing.topk_indices for routing in reading.routings])  # (L, T, K)
+        chosen = stack_layers([routing.chosen_indices for routing in reading.routings])  # (L, T, K)
         routes.append(chosen.to(torch.int16).cpu())
         # A batch is of one domain.
         domain = int(batch.domain_ids[0])
-        load[domain] += stack_layers([r.tokens_per_expert for r in reading.routings]).cpu()
+        load[domain] += stack_layers([r.demand for r in reading.routings]).cpu()
         losses += sum_by_domain(reading.losses, batch.domain_ids, num_domains)
         labels += num_labels(batch, num_domains)
     return ComparedText(torch.cat(routes, 1), load, losses / labels.clamp(min=1), labels)

@@ -102,8 +102,9 @@ def by_layer(measures: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, 
 def load_measures(
     tokens_per_expert: Tensor, num_dropped: Tensor, window: Tensor
 ) -> dict[str, Tensor]:
-    """Tensors (L,) by name, of (L, E) assignments of a step and of a window, (L,) dropped ones."""
-    offered = (tokens_per_expert.clamp(min=0).sum(-1) + num_dropped).clamp(min=1)
+    """Tensors (L,) by name, of (L, E) assignments of a step and of a window, (L,) those of
+    the step that were dropped."""
+    made = tokens_per_expert.clamp(min=0).sum(-1).clamp(min=1)
     return {
         "max_violation": max_violation(tokens_per_expert),
         "max_violation_window": max_violation(window),
@@ -114,7 +115,7 @@ def load_measures(
         "starved_experts": starved_experts(window),
         "tokens_per_expert_min": least_assignments(tokens_per_expert),
         "tokens_per_expert_max": tokens_per_expert.amax(-1),
-        "dropped_percent": 100 * num_dropped / offered,
+        "dropped_percent": 100 * num_dropped / made,
     }
 
 

@@ -11,7 +11,9 @@ import torch
 
 
 class Status(NamedTuple):
-    """Numbers of one line. lm_loss in nats per token; mfu None where it is not known."""
+    """Numbers of one line. lm_loss in nats per token; mfu None where it is not known; dropped: the
+    share of the assignments that a capacity took back, None without one.
+    """
 
     step: int
     num_steps: int
@@ -22,6 +24,7 @@ class Status(NamedTuple):
     mfu: float | None
     max_violation: float | None
     dead_experts: int | None
+    dropped: float | None = None
 
 
 # Dense bfloat16 peaks in FLOP/s, from the makers' data sheets.
@@ -63,7 +66,7 @@ def format_table(
 
 
 # What goes first where the terminal is too narrow for all: a line that wraps cannot be replaced.
-_DROPPED_FIRST = ("mfu", "rate", "gradient", "dead", "violation", "speed")
+_LEFT_OUT_FIRST = ("mfu", "rate", "gradient", "dead", "dropped", "violation", "speed")
 
 
 def format_line(
@@ -82,8 +85,10 @@ def format_line(
     if status.max_violation is not None:
         parts["violation"] = f"maxvio {status.max_violation:.2f}"
         parts["dead"] = f"dead {status.dead_experts}"
+    if status.dropped is not None:
+        parts["dropped"] = f"dropped {status.dropped:.1%}"
     parts["left"] = f"left {format_duration(seconds_left)}"
-    for name in _DROPPED_FIRST:
+    for name in _LEFT_OUT_FIRST:
         if width is not None and len(" | ".join(parts.values())) > width:
             parts.pop(name, None)
     return " | ".join(parts.values())[:width]

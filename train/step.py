@@ -88,7 +88,7 @@ def train_step(
         routings = output.routings
         seen(routings)
         if totals.counts_so_far is not None:
-            totals = totals._replace(counts_so_far=sums.routing.demand)
+            totals = totals._replace(counts_so_far=sums.routing.counts)
     assert sums is not None
     sums = sum_over_ranks(engine, sums, detail=detail)
     measured = step_detail(engine, sums) if detail else None
@@ -97,7 +97,7 @@ def train_step(
     rate = learning_rate(step, config)
     if problem is None:
         engine.step(rate, gradient_norm)
-        update_routers(engine, routings, sums.routing.demand, sums.feedback)
+        update_routers(engine, routings, sums.routing.counts, sums.feedback)
     engine.zero_grad()
     engine.clock.next_step()
     if problem is not None:
@@ -133,7 +133,7 @@ def step_metrics(
         learning_rate=rate,
         gradient_norm=float(gradient_norm),
         tokens_per_expert=sums.routing.counts.cpu(),
-        num_dropped=sums.routing.dropped.sum(-1).cpu(),
+        num_dropped=sums.routing.dropped.cpu(),
         work_seconds=sums.work_seconds.cpu(),
         num_tokens=config.tokens_per_step,
         skipped=skipped,

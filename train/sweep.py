@@ -185,7 +185,7 @@ def train_run(run: Run, study: Study, status: StatusLine, stop: StopRequest) -> 
         "tokens_per_second": tokens / pace,
         "skipped_steps": loop.num_skipped,
         "alarms": loop.num_alarms,
-        "dropped_percent": 100 * loop.num_dropped / max(1, assigned + loop.num_dropped),
+        "dropped_percent": 100 * loop.num_dropped / max(1, assigned),
     }
     with storage_errors(study.directory):
         _write_events(run, study, dict(loop.history), evaluation, tokens / pace)

@@ -184,7 +184,7 @@ class _Probe:
     def add(self, batch: Batch, routings: Sequence[Routing]) -> None:
         rows = self._take(batch) * batch.input_ids.shape[1]
         if routings and rows:
-            chosen = [routing.topk_indices[:rows] for routing in routings]
+            chosen = [routing.chosen_indices[:rows] for routing in routings]
             self._parts.append(stack_layers(chosen, 1).cpu())
 
     def routes(self, num_layers: int, top_k: int) -> Tensor:
