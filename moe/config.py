@@ -213,6 +213,13 @@ class ModelConfig(Section):
         return self.top_k if mean is None else mean
 
     @property
+    def knows_experts_per_token(self) -> bool:
+        """False where a router lets their number vary and cannot say its mean: `experts_per_token`
+        is the most there can be then."""
+        configs = self._routed_configs if self.moe_layers else ()
+        return all(getattr(each.moe.router, "experts_per_token", 0) is not None for each in configs)
+
+    @property
     def causal(self) -> bool:
         """Whether no token's experts depend on later tokens, in training too."""
         if not self.moe_layers:

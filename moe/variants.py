@@ -66,6 +66,8 @@ class VariantConfig(BaseModel):
 
     # Whether an expert has three matrices of D and F, or two without a gate.
     has_gate: ClassVar[bool] = True
+    # Numbers of a router that a run may change when it goes on, but not to or from None.
+    may_change: ClassVar[tuple[str, ...]] = ()
 
     name: str
 

@@ -97,6 +97,14 @@ def test_experts_of_a_token_where_their_number_varies():
     ):
         moe = {"router": router, "allow_non_causal": True}
         assert tiny_config(moe=moe).experts_per_token == wanted
+        known = router["name"] != "top_p" or "target" in router
+        assert tiny_config(moe=moe).knows_experts_per_token == known
+        assert tiny_config(moe=moe, feed_forward="dense").knows_experts_per_token
+        other = {"layers": [{"layers": [1], "router": router}]}
+        assert (
+            tiny_config(moe=moe | {"router": {"name": "hash"}} | other).knows_experts_per_token
+            == known
+        )
         # Two of eight choices cost nothing.
         costless = tiny_config(moe=moe | {"num_zero_experts": 2})
         chosen = 8 if router == {"name": "top_p"} else wanted

@@ -1,5 +1,6 @@
 """The plan of a run against a real model: parameters, FLOPs, bytes kept, bytes on the disk."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import train.plan
 from train.config import RunConfig
 from train.engine import PlainEngine
 from train.errors import OutOfMemoryError
-from train.plan import Plan, check_memory, format_count, make_plan, memory_errors
+from train.plan import Plan, check_memory, describe_plan, format_count, make_plan, memory_errors
 from train.ranks import Ranks
 from train.run_directory import format_bytes
 
@@ -339,6 +340,15 @@ def test_other_errors_pass_through(tmp_path):
 )
 def test_numbers_are_written_for_people(count, as_bytes, as_count):
     assert (format_bytes(count), format_count(count)) == (as_bytes, as_count)
+
+
+def test_active_parameters_are_an_upper_bound_where_a_router_takes_as_many_as_it_likes():
+    for router, most in (({"name": "top_p"}, "at most "), ({"name": "top_p", "target": 2}, "")):
+        plan = plan_of(make_config(Path("unused"), {"model.moe.router": router}))
+        lines = dict(re.split(r"\s{2,}", line) for line in describe_plan(plan).splitlines())
+        said = f"{most}{format_count(plan.parameters.active)}"
+        assert lines["parameters, active a token"] == said
+        assert lines["FLOPs a token, training"].startswith("at most ") == bool(most)
 
 
 def test_a_plan_needs_no_memory(tmp_path):

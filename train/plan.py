@@ -32,7 +32,8 @@ _FLOAT32 = 4
 class Plan(NamedTuple):
     """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls; ranks:
     of a launcher, whose memory each these bytes are; host_bytes: of these, off the device;
-    routes_bytes: of a recording of all steps."""
+    routes_bytes: of a recording of all steps; at_most: active parameters and FLOPs are the most
+    there can be, as nobody knows how many experts a token will have."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     tokens_per_step: int
     num_steps: int
     compute_bytes: int
+    at_most: bool = False
     ranks: Ranks | None = None
     host_bytes: int = 0
     routes_bytes: int = 0
@@ -87,6 +89,7 @@ def make_plan(
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
         compute_bytes=compute_bytes,
+        at_most=not model_config.knows_experts_per_token,
         ranks=ranks,
         routes_bytes=recording_bytes(config, model_config),
     )
@@ -204,12 +207,13 @@ def describe_plan(plan: Plan) -> str:
     """A table for a person."""
     parameters = plan.parameters
     each = "" if plan.ranks is None else " of a rank"
+    most = "at most " if plan.at_most else ""
     rows = [
         ("parameters, total", format_count(parameters.total)),
-        ("parameters, active a token", format_count(parameters.active)),
+        ("parameters, active a token", most + format_count(parameters.active)),
         ("parameters, embedding and head", format_count(parameters.embedding)),
-        ("FLOPs a token, forward", format_count(plan.flops_per_token / 3)),
-        ("FLOPs a token, training", format_count(plan.flops_per_token)),
+        ("FLOPs a token, forward", most + format_count(plan.flops_per_token / 3)),
+        ("FLOPs a token, training", most + format_count(plan.flops_per_token)),
         (f"memory{each}: weights (float32)", format_bytes(plan.weight_bytes)),
         (f"memory{each}: gradients", format_bytes(plan.gradient_bytes)),
         (f"memory{each}: optimizer", format_bytes(plan.optimizer_bytes)),

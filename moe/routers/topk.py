@@ -18,7 +18,7 @@ gpt-oss, arXiv 2508.10925.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,7 +40,10 @@ EXAMPLES = (
 class Config(VariantConfig):
     """top_k experts a token; scale of the weights; logit_bias: whether logits have a learned bias;
     jitter 0 is none; num_groups None is no limit; bias_update_rate None is no loss-free bias, and 0
-    leaves the bias where training has moved it."""
+    leaves the bias where training has moved it: a run may change it when it goes on, such as to 0
+    for its last part (DeepSeek-V3, section 4.2)."""
+
+    may_change: ClassVar[tuple[str, ...]] = ("bias_update_rate",)
 
     name: Literal["topk"] = "topk"
     top_k: Count = 2
@@ -62,10 +65,9 @@ class Config(VariantConfig):
                 f"num_groups ({self.num_groups}) and groups_per_token ({self.groups_per_token}) "
                 f"limit the choice together; give both or neither"
             )
-        if self.bias_centered and not self.bias_update_rate:
+        if self.bias_centered and self.bias_update_rate is None:
             raise ValueError(
-                f"bias_centered (True) has no effect while bias_update_rate is "
-                f"{self.bias_update_rate}; set a rate"
+                "bias_centered (True) has no effect while bias_update_rate is None; set a rate"
             )
         return self
 
