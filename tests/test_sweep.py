@@ -253,6 +253,17 @@ def test_a_part_of_a_sweep_reports_its_whole_seeds(whole, tmp_path, capsys):
         assert sweep(out) == 0
     assert len(recorder.steps) == 4 * 2 and report_of(out)["seeds"] == [0, 1, 2]
     assert report_of(out)["arms"]["top2"]["loss"] == report_of(whole)["arms"]["top2"]["loss"]
+    # A report of two arms stands beside that of all.
+    before = report_of(out)
+    assert sweep(out, "--report", "--arms", "top2, dense") == 0
+    assert report_of(out) == before
+    some = json.loads((out / "report_of_some.json").read_text())
+    assert list(some["arms"]) == ["top2", "dense"]
+    assert some["arms"]["top2"] == before["arms"]["top2"]
+    assert "report_of_some.png" in capsys.readouterr().out
+    assert {path.name for path in out.glob("report*")} == {
+        f"report{part}.{kind}" for part in ("", "_of_some") for kind in ("json", "md", "png")
+    }
 
 
 def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_path, capsys):
@@ -263,6 +274,11 @@ def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_pa
     assert recorder.steps == []
     error = capsys.readouterr().err
     assert "is of other settings (optimizer.learning_rate: 0.02 there, 0.5 now)" in error
+    # A run may go on with another rate, a result is of one.
+    arms = {name: ARMS[name] for name in ("top2", "dense")}
+    assert sweep(out, "model.moe.router.bias_update_rate=0.5", seeds=2, arms=arms) == 2
+    error = capsys.readouterr().err
+    assert "model.moe.router.bias_update_rate: null there, 0.5 now" in error
 
 
 @pytest.mark.parametrize("text", ['{"arm": "to', "{}", "[]", "7"])

@@ -62,7 +62,7 @@ def test_arms_have_their_settings_and_the_command_line_wins_in_all(tmp_path):
     arms = {
         "one": None,
         "two": {"model": {"moe": {"router": {"top_k": 1, "normalize": False}}}},
-        "three": {"optimizer": {"learning_rate": 0.5}, "seed": 0},
+        "three": {"optimizer": {"learning_rate": 0.5}, "model": {"num_layers": 3}},
     }
     sweep = load_sweep(write(tmp_path, arms), ["model.hidden_size=32"])
     assert list(sweep.arms) == ["one", "two", "three"] and sweep.baseline == "one"
@@ -75,13 +75,23 @@ def test_arms_have_their_settings_and_the_command_line_wins_in_all(tmp_path):
 
 
 def test_some_arms_can_be_chosen_with_the_baseline_among_them(tmp_path):
-    path = write(tmp_path, {"a": {}, "b": {}, "c": {}}, baseline="b")
+    arms = {"a": {}, "b": {"model": {"num_layers": 1}}, "c": {"model": {"num_layers": 3}}}
+    path = write(tmp_path, arms, baseline="b")
     sweep = load_sweep(path, only=["c", "b"])
-    assert list(sweep.arms) == ["b", "c"] and sweep.baseline == "b"
+    assert list(sweep.arms) == ["b", "c"] and sweep.baseline == "b" and not sweep.whole
+    assert load_sweep(path).whole and load_sweep(path, only=["c", "a", "b"]).whole
     (line,) = problems(path, only=["a", "c"])
     assert "--arms (a,c) must name the baseline (b)" in line
     (line,) = problems(path, only=["a", "z"])
     assert line == "--arms: no arm z; there are: a, b, c"
+
+
+def test_an_arm_that_is_the_baseline_is_refused(tmp_path):
+    arms = {"a": {}, "same": {"model": {"num_layers": 2}}, "b": {"model": {"num_layers": 3}}}
+    (line,) = problems(write(tmp_path, arms))
+    assert line.startswith("arm same: its settings are those of the baseline (a), so every ")
+    (line,) = problems(write(tmp_path, arms), "model.num_layers=1", only=["a", "b"])
+    assert line.startswith("arm b: its settings are those of the baseline (a), so every ")
 
 
 def test_all_mistakes_are_told_at_once_each_with_its_arm(tmp_path):

@@ -6,8 +6,8 @@ The config is an ordinary run's with a mapping `arms` of what each has in its pl
 seed see the same tokens in the same order, and are compared with the baseline by pairs. Each
 finished run is one file, OUTPUT_DIR/seed_N/ARM.json: a sweep that was stopped, or killed, goes on
 with the next one when it is started again, and seeds trained on another machine (`seed=3`) are
-added by copying its folders seed_N. OUTPUT_DIR has report.json, report.md, report.png and, for
-TensorBoard, a row in the tab HPARAMS for each run.
+added by copying its folders seed_N. OUTPUT_DIR has report.json, report.md, report.png (with --arms,
+report_of_some) and, for TensorBoard, a row in the tab HPARAMS for each run.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     def program() -> int:
         if options.seeds < 2:
             raise ConfigError(f"--seeds ({options.seeds}) must be at least 2 for an interval")
-        only = options.arms.split(",") if options.arms else ()
+        only = [name.strip() for name in options.arms.split(",")] if options.arms else ()
         sweep = load_sweep(options.config, overrides, only)
         if options.print_config:
             for name, config in sweep.arms.items():
@@ -126,7 +126,7 @@ def run_study(study: Study, report_only: bool) -> int:
             f"--report to go on"
         )
     status.message("\n" + render_sweep(report))
-    status.message(f"as a picture: {study.directory / 'report.png'}")
+    status.message(f"as a picture: {study.directory / study.report_name}.png")
     return 0
 
 
@@ -233,9 +233,10 @@ def write_report(study: Study) -> dict[str, Any] | None:
             runs.append(result)
     report = sweep_report(results, study.configs, study.plans, study.baseline, study.command)
     with storage_errors(study.directory):
-        replace_file(study.directory / "report.json", json.dumps(report, indent=2) + "\n")
-        replace_file(study.directory / "report.md", render_sweep(report))
-        save_figure(sweep_picture(report), study.directory / "report.png")
+        path = study.directory / study.report_name
+        replace_file(path.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+        replace_file(path.with_suffix(".md"), render_sweep(report))
+        save_figure(sweep_picture(report), path.with_suffix(".png"))
     return report
 
 

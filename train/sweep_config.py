@@ -38,10 +38,12 @@ _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Sweep(NamedTuple):
-    """arms: the run of each, in the YAML's order; baseline: the name of one."""
+    """arms: the run of each, in the YAML's order; baseline: the name of one; whole: whether that
+    is all of them."""
 
     arms: dict[str, RunConfig]
     baseline: str
+    whole: bool
 
     @property
     def shared(self) -> RunConfig:
@@ -82,7 +84,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), only: Sequence[s
                 routed = model.model_copy(update={"feed_forward": "moe"})
             model = model.model_copy(update={"moe": dense_equivalent(routed).moe})
             arms[name] = arms[name].model_copy(update={"model": model})
-    return Sweep(_chosen(arms, baseline, only), baseline)
+    chosen = _chosen(arms, baseline, only)
+    same = [name for name in chosen if name != baseline and chosen[name] == chosen[baseline]]
+    if same:
+        raise ConfigError(
+            f"arm {same[0]}: its settings are those of the baseline ({baseline}), so every "
+            f"difference would be 0; change it, or leave it out"
+        )
+    return Sweep(chosen, baseline, len(chosen) == len(arms))
 
 
 def merge_settings(shared: Any, changes: Any) -> Any:

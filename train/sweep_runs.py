@@ -38,6 +38,7 @@ class Study(NamedTuple):
     baseline: str
     directory: Path
     command: str
+    report_name: str
 
 
 def prepare(sweep: Sweep, num_seeds: int, command: str) -> Study:
@@ -70,7 +71,9 @@ def prepare(sweep: Sweep, num_seeds: int, command: str) -> Study:
             settings = _settings(seeded, data)
             path = directory / f"seed_{seed}" / f"{name}.json"
             runs.append(Run(name, seeded, settings, path))
-    study = Study(runs, data, configs, plans, sweep.baseline, directory, command)
+    # A part of the arms has a report of its own: that of all stays.
+    report_name = "report" if sweep.whole else "report_of_some"
+    study = Study(runs, data, configs, plans, sweep.baseline, directory, command, report_name)
     for run in runs:
         kept_result(run)
     return study
@@ -90,6 +93,8 @@ def _settings(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     sections = {"optimizer", "schedule", "training", "evaluation"}
     return {
         **identity(config, config.model, data),
+        # Whole: what a run may change when it goes on decides its result too.
+        "model": config.model.model_dump(mode="json", exclude={"kernel_backend"}),
         **config.model_dump(mode="json", include=sections),
     }
 
