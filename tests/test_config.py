@@ -141,6 +141,11 @@ MISTAKES = {
         [],
         ["x.yaml: optimizer.learning_rate: got inf; needs a finite number"],
     ),
+    "an entry of a list": (
+        "model: {moe: {layers: [{layers: [-1], num_experts: 4}]}}",
+        [],
+        ["x.yaml: model.moe.layers.0.layers.0: got -1; needs at least 0"],
+    ),
     "too few entries": (
         "optimizer: {betas: [0.9]}",
         [],
@@ -280,10 +285,10 @@ MISTAKES = {
         "optimizer: {eps: 1e-300, learning_rate: 1e39}",
         [],
         [
-            "x.yaml: optimizer.learning_rate (1e+39) must be 0 or from 1.2e-38 to 3.4e+38:"
-            " training computes in float32",
-            "x.yaml: optimizer.eps (1e-300) must be 0 or from 1.2e-38 to 3.4e+38: training computes"
-            " in float32",
+            "x.yaml: optimizer.learning_rate (1e+39) is beyond float32, in which training computes;"
+            " it reaches from 1.2e-38 to 3.4e+38",
+            "x.yaml: optimizer.eps (1e-300) is beyond float32, in which training computes; it"
+            " reaches from 1.2e-38 to 3.4e+38",
         ],
     ),
     "a whole number that no float holds": (

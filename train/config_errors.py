@@ -89,6 +89,9 @@ def explain(
     lines: dict[SettingPath | str, list[str]] = {}
     explained: set[SettingPath] = set()
     for item in _flatten(error, ()):
+        if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            # Pydantic counts the entries that are right; the others have their own lines.
+            continue
         path = _path_in(values, item)
         owner = tuple(str(part) for part in path[:-1])
         if item["type"] == "extra_forbidden" and owner in origin.renamed:
