@@ -97,7 +97,7 @@ def test_a_collapse_names_layer_and_experts_and_raises_no_dead_ones():
 def test_a_collapse_of_a_router_without_a_bound_is_one_of_its_mean():
     """ReLU routing may give a token all experts: two for all tokens are a collapse, if two are
     meant."""
-    moe = MODEL.moe.model_dump() | {"router": {"name": "relu", "target_k": 2.0}}
+    moe = MODEL.moe.model_dump() | {"router": {"name": "relu", "target": 2.0}}
     watched = Watched()
     watched.alarms = Alarms(ModelConfig.model_validate(MODEL.model_dump() | {"moe": moe}))
     watched.see(30)

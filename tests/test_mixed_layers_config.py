@@ -56,8 +56,9 @@ MISTAKES = {
         {"layers": [0], "num_experts": 3},
         {"layers": [1], "router": {"name": "topk", "top_k": 7}},
     ],
-    "model.moe.layers.0.router.target_k (2.0) must be less than model.moe.layers.0.num_experts "
-    "(2)": [{"layers": [1], "num_experts": 2, "router": {"name": "relu"}}],
+    "model.moe.layers.0.router.target (2.0) must be less than model.moe.layers.0.num_experts (2)": [
+        {"layers": [1], "num_experts": 2, "router": {"name": "relu"}}
+    ],
     "model.moe.layers.0.router.name (expert_choice) lets a token see later ones, which spoils "
     "language modelling; set model.moe.allow_non_causal: true to use it anyway": [
         {"layers": [1], "router": {"name": "expert_choice"}}

@@ -89,7 +89,7 @@ def test_settings_of_every_variant_are_read_back_as_they_were_written(kind):
 def test_experts_of_a_token_where_their_number_varies():
     for router, wanted in (
         ({"name": "topk", "top_k": 3}, 3),
-        ({"name": "relu", "target_k": 1.5}, 1.5),
+        ({"name": "relu", "target": 1.5}, 1.5),
         ({"name": "top_p", "target": 2.5}, 2.5),
         ({"name": "top_p", "max_experts": 4}, 4),
         ({"name": "top_p"}, 6),

@@ -210,7 +210,7 @@ def test_top_p_refuses_what_has_no_effect():
 
 
 def test_relu_is_the_formula_and_so_is_its_penalty():
-    router = build("relu", {"target_k": 1.5, "initial_lambda": 0.01})
+    router = build("relu", {"target": 1.5, "initial_lambda": 0.01})
     x, valid = randn(T, D, seed=9), torch.arange(T) % 4 > 0
     routing = route(router, x, valid=valid)
     activation = np.maximum(clean_logits(router, x), 0)
@@ -230,7 +230,7 @@ def test_relu_is_the_formula_and_so_is_its_penalty():
 
 
 def test_relu_lambda_by_hand():
-    router = build("relu", {"target_k": 2.0, "factor": 1.2, "initial_lambda": 0.5})
+    router = build("relu", {"target": 2.0, "factor": 1.2, "initial_lambda": 0.5})
     for share, expected in ((0.4, 0.6), (0.4, 0.72), (0.2, 0.6), (2 / 6, 0.6)):
         router.after_step(torch.zeros(E), torch.full((E,), share))
         assert float(router.penalty_weight) == pytest.approx(expected, rel=1e-6)
@@ -245,7 +245,7 @@ def test_relu_lambda_by_hand():
 def test_relu_arrives_at_its_sparsity_while_it_learns():
     num_experts, width = 8, 16
     module = load_variant("routers", "relu")
-    config = module.Config(target_k=2.0, initial_lambda=1e-4)
+    config = module.Config(target=2.0, initial_lambda=1e-4)
     router = module.Router(config, width, num_experts)
     with torch.no_grad():
         router.weight.copy_(0.3 * randn(num_experts, width, seed=0))
@@ -280,8 +280,8 @@ def test_relu_arrives_at_its_sparsity_while_it_learns():
 
 
 def test_relu_target_must_leave_something_at_0():
-    with pytest.raises(ValueError, match=r"router.target_k \(6.0\) must be less than model"):
-        tiny_config(moe={"num_experts": 6, "router": {"name": "relu", "target_k": 6}})
+    with pytest.raises(ValueError, match=r"router.target \(6.0\) must be less than model"):
+        tiny_config(moe={"num_experts": 6, "router": {"name": "relu", "target": 6}})
 
 
 # ---- quantile

@@ -147,7 +147,7 @@ def test_they_count_as_choices_and_cost_no_flops():
 
 
 def test_an_error_of_a_router_says_which_of_its_choices_cost_nothing():
-    moe = {"num_experts": 6, "num_zero_experts": 3, "router": {"name": "relu", "target_k": 9}}
+    moe = {"num_experts": 6, "num_zero_experts": 3, "router": {"name": "relu", "target": 9}}
     with pytest.raises(ValidationError, match=r"num_experts \(9\); 3 of these 9 cost nothing"):
         tiny_config(moe=moe)
 

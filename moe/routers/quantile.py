@@ -31,20 +31,20 @@ from moe.variants import Count, Real, VariantConfig
 EXAMPLES = (
     {"top_k": 3, "score": "softmax", "decay": 0.5},
     {"source": "batch"},
-    {"top_k": 1, "normalize": False, "iterations": 1},
+    {"top_k": 1, "normalize": False, "num_iterations": 1},
 )
 
 
 class Config(VariantConfig):
-    """top_k experts a token; iterations of alpha and beta in a batch; decay: what stays of the old
-    beta in a step, 0 takes the last batch's."""
+    """top_k experts a token; num_iterations of alpha and beta in a batch; decay: what stays of the
+    old beta in a step, 0 takes the last batch's."""
 
     name: Literal["quantile"] = "quantile"
     top_k: Count = 2
     score: Score = "sigmoid"
     normalize: bool = True
     source: Literal["previous", "batch"] = "previous"
-    iterations: Count = 8
+    num_iterations: Count = 8
     decay: Annotated[Real, Field(ge=0, lt=1)] = 0.0
 
     @property
@@ -59,7 +59,7 @@ class Config(VariantConfig):
 
 
 def balancing_prices(
-    scores: Tensor, top_k: int, valid: Tensor | None, start: Tensor, iterations: int
+    scores: Tensor, top_k: int, valid: Tensor | None, start: Tensor, num_iterations: int
 ) -> Tensor:
     """beta (E,), shifted to mean 0, which changes no choice; from `start` (E,), so often in turns.
 
@@ -82,7 +82,7 @@ def balancing_prices(
     # The highest place that padding can leave, known without a wait for the device.
     num_read = min(num_tokens, max(1, num_tokens * top_k // num_experts) + 1)
     beta = start
-    for _ in range(iterations):
+    for _ in range(num_iterations):
         alpha = (by_expert - beta.unsqueeze(-1)).topk(top_k + 1, dim=0).values[-1]  # (T,)
         wanted = by_expert - alpha  # (E, T)
         if valid is not None:
@@ -120,7 +120,7 @@ class Router(LinearRouter):
                 scores = score_of(router_logits, config.score)
                 start = -self.expert_bias.to(scores.dtype)
                 beta = balancing_prices(
-                    scores, config.top_k, context.valid, start, config.iterations
+                    scores, config.top_k, context.valid, start, config.num_iterations
                 )
             feedback = beta
             if config.source == "batch":

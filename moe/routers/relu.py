@@ -6,7 +6,7 @@
 
 so every weight is continuous in x. The penalty, an L1 norm that weighs more on experts with much
 load, makes room: lambda moves after each optimizer step by a `factor`, up while fewer than
-1 - k/E of all (token, expert) pairs are 0 and down while more are; k is `target_k`. A sparsity
+1 - k/E of all (token, expert) pairs are 0 and down while more are; k is `target`. A sparsity
 above 1/2 takes hidden states with a direction in common: there is no bias, and around 0 each logit
 is positive for half of the tokens.
 
@@ -27,17 +27,17 @@ from moe.router import LinearRouter
 from moe.routing import RouterContext, Routing, make_routing
 from moe.variants import Real, VariantConfig
 
-EXAMPLES = ({"target_k": 1.5, "factor": 1.1, "initial_lambda": 0.01},)
+EXAMPLES = ({"target": 1.5, "factor": 1.1, "initial_lambda": 0.01},)
 
 # Where no lambda reaches the target it must not run away: it would be long on its way back.
 LAMBDA_RANGE = (1e-10, 1e3)
 
 
 class Config(VariantConfig):
-    """target_k: mean number of experts a token; factor of lambda's steps; initial_lambda."""
+    """target: mean number of experts a token; factor of lambda's steps; initial_lambda."""
 
     name: Literal["relu"] = "relu"
-    target_k: Annotated[Real, Field(gt=0)] = 2.0
+    target: Annotated[Real, Field(gt=0)] = 2.0
     factor: Annotated[Real, Field(gt=1)] = 1.2
     initial_lambda: Annotated[Real, Field(ge=LAMBDA_RANGE[0], le=LAMBDA_RANGE[1])] = 1e-8
 
@@ -49,13 +49,13 @@ class Config(VariantConfig):
     @property
     def experts_per_token(self) -> float:
         """What lambda steers to; half of all before it has."""
-        return self.target_k
+        return self.target
 
     def check_experts(self, num_experts: int) -> None:
         """ValueError if the target leaves nothing to be 0."""
-        if self.target_k >= num_experts:
+        if self.target >= num_experts:
             raise ValueError(
-                f"model.moe.router.target_k ({self.target_k}) must be less than "
+                f"model.moe.router.target ({self.target}) must be less than "
                 f"model.moe.num_experts ({num_experts})"
             )
 
@@ -95,7 +95,7 @@ class Router(LinearRouter):
             )
             num_tokens = routing.num_tokens.clamp(min=1)
             share = routing.tokens_per_expert / num_tokens  # (E,)
-            load = share * len(share) / self.config.target_k
+            load = share * len(share) / self.config.target
             # Not times 0: padding may hold inf.
             activation = activation.masked_fill(~routing.valid.unsqueeze(-1), 0)
             penalty = self.penalty_weight * (activation.sum(0) * load).sum() / num_tokens
@@ -109,6 +109,6 @@ class Router(LinearRouter):
         """
         assert feedback is not None
         # sparsity < 1 - k/E where a token has more than k experts.
-        up = torch.sign(feedback.sum() - self.config.target_k)
+        up = torch.sign(feedback.sum() - self.config.target)
         moved = self.penalty_weight * self.config.factor**up
         self.penalty_weight.copy_(moved.clamp(*LAMBDA_RANGE))
