@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.losses import LossContext
 from moe.routing import RouterContext, Routing, make_routing
-from moe.variants import load_variant, variant_names
+from moe.variants import load_variant
 
 T, E = 12, 4
 
@@ -20,15 +20,6 @@ class Loss(NamedTuple):
 
     call: Callable[[Routing, LossContext], Tensor]
     noisy: bool = False
-
-
-def cases() -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings) of every loss in `moe/losses`: its defaults and its EXAMPLES."""
-    return [
-        (name, settings)
-        for name in variant_names("losses")
-        for settings in ({}, *getattr(load_variant("losses", name), "EXAMPLES", ()))
-    ]
 
 
 def build(name: str, settings: dict[str, Any]) -> Loss:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from moe.routing import RouterContext, Routing
-from moe.variants import load_variant, variant_names
+from moe.variants import load_variant
 
 T, D, E = 24, 10, 6
 SHAPE = (3, 8)
@@ -20,15 +20,6 @@ ROUNDING = 1e-10
 LEAK = 1e-6
 
 Make = Callable[..., Any]
-
-
-def cases() -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings) of every router in `moe/routers`: its defaults and its EXAMPLES."""
-    return [
-        (name, settings)
-        for name in variant_names("routers")
-        for settings in ({}, *getattr(load_variant("routers", name), "EXAMPLES", ()))
-    ]
 
 
 def build(name: str, settings: dict[str, Any], dtype=torch.float32, num_experts: int = E) -> Any:

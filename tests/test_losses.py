@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_equals, randn, relative_error
-from loss_cases import CHECKS, E, Loss, T, broken_checks, build, cases, context, route
+from loss_cases import CHECKS, E, Loss, T, broken_checks, build, context, route
 from model_cases import tiny_model, tokens
+from variant_cases import variant_cases
 
 from moe.model import BatchTotals
 from moe.routing import RouterContext, make_routing
 from moe.variants import load_variant
 
-CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in cases()]
+LOSSES = variant_cases("losses")
+CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in LOSSES]
 
 
 def compute(name, settings, routing, valid=None, shape=None, counts=None):
@@ -45,14 +47,14 @@ def test_loss_keeps_the_contract(name, settings, check):
     CHECKS[check](build(name, settings))
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in cases()}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in LOSSES}))
 def test_loss_states_its_source_and_has_a_weight(name):
     module = load_variant("losses", name)
     assert "Source" in module.__doc__
     assert module.Config.__doc__
-    assert module.Config(weight=0.5).weight == 0.5
+    assert module.Config(name=name, weight=0.5).weight == 0.5
     with pytest.raises(ValueError, match="greater than or equal to 0"):
-        module.Config(weight=-1)
+        module.Config(name=name, weight=-1)
 
 
 def sound(routing, context):
@@ -365,7 +367,7 @@ def test_orthogonality_is_0_at_disjoint_tokens_and_1_at_equal_wishes():
 
 def test_a_step_down_the_gradient_does_what_the_loss_is_for():
     """Entropy falls or rises, cosines fall, variance rises, sums become more equal."""
-    for name, settings in cases():
+    for name, settings in LOSSES:
         loss = build(name, settings)
         logits = randn(T, E, seed=14, dtype=torch.float64).requires_grad_()
         before = loss.call(route(logits, None, loss.noisy), context(T))

@@ -9,22 +9,19 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_equals, randn, relative_error
 from model_cases import context, moe_layer, tiny_config, tiny_model, tokens
+from variant_cases import variant_cases
 
 from moe.layer import DenseFeedForward, MoELayer
 from moe.model import MoETransformer, init_weights, num_parameters
 from moe.router import RouterModule
 from moe.routing import make_routing
-from moe.variants import VariantConfig, load_variant, variant_names
+from moe.variants import VariantConfig, load_variant
 
 RESIDUAL_LATENT = {"num_shared_experts": 1, "shared_gate": "softmax", "latent_size": 7}
 
 # --- the expert layer ---
 
-EXPERTS = [
-    {"name": name, **settings}
-    for name in variant_names("experts")
-    for settings in ({}, *getattr(load_variant("experts", name), "EXAMPLES", ()))
-]
+EXPERTS = [{"name": name, **settings} for name, settings in variant_cases("experts")]
 
 
 @pytest.mark.parametrize("experts", EXPERTS, ids=str)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import randn
 from router_cases import CHECKS as ROUTING_CHECKS
-from router_cases import D, E, T, build, cases, maker, route
+from router_cases import D, E, T, build, maker, route
 from router_step_cases import CHECKS as STEP_CHECKS
+from variant_cases import variant_cases
 
 from kernels.routing import fused_topk
 from moe.router import LinearRouter, RouterModule
@@ -14,7 +15,9 @@ from moe.routing import make_routing
 from moe.variants import load_variant
 
 CHECKS = ROUTING_CHECKS | STEP_CHECKS
-CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in cases()]
+ROUTERS = variant_cases("routers")
+NAMES = sorted({name for name, _ in ROUTERS})
+CASES = [pytest.param(name, settings, id=f"{name} {settings}") for name, settings in ROUTERS]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -23,7 +26,7 @@ def test_router_keeps_the_contract(name, settings, check):
     CHECKS[check](maker(name, settings))
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in cases()}))
+@pytest.mark.parametrize("name", NAMES)
 def test_router_states_source_and_causality_and_describes_its_settings(name):
     module = load_variant("routers", name)
     assert "Source" in module.__doc__
@@ -32,7 +35,7 @@ def test_router_states_source_and_causality_and_describes_its_settings(name):
     assert hasattr(module.Config(name=name), "top_k")
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in cases()}))
+@pytest.mark.parametrize("name", NAMES)
 def test_router_does_with_one_expert_and_with_all_of_them(name):
     fields = load_variant("routers", name).Config.model_fields
     # A top_k that is no setting but follows from others cannot be given.
