@@ -18,13 +18,14 @@ from train.sweep_statistics import (
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# What is said of a run's experts, from its summary; the summary has them by layer.
-_ROUTING: dict[str, tuple[str, Callable[[list[float]], float]]] = {
-    "max_violation": ("max_violation", max),
-    "max_violation_mean": ("max_violation", statistics.mean),
-    "dead_experts": ("dead_experts", sum),
-    "domain_information": ("domain_information", statistics.mean),
-    "domain_divergence": ("domain_divergence", statistics.mean),
+# What is said of a run's experts: its key in the summary, which has it by layer, what makes one
+# number of these, and digits.
+_ROUTING: dict[str, tuple[str, Callable[[list[float]], float], int]] = {
+    "max_violation": ("max_violation", max, 2),
+    "max_violation_mean": ("max_violation", statistics.mean, 2),
+    "dead_experts": ("dead_experts", sum, 1),
+    "domain_information": ("domain_information", statistics.mean, 4),
+    "domain_divergence": ("domain_divergence", statistics.mean, 4),
 }
 # Of at least one false difference among all arms.
 SIGNIFICANCE = 0.05
@@ -114,7 +115,7 @@ def _routing(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         return {}
     return {
         measure: [float(reduce([layer[key] for layer in layers])) for layers in by_layer]
-        for measure, (key, reduce) in _ROUTING.items()
+        for measure, (key, reduce, _) in _ROUTING.items()
     }
 
 
@@ -239,7 +240,7 @@ def _routing_row(name: str, arm: Mapping[str, Any]) -> list[str]:
     if arm["router"] is None:
         return [name, "dense", *["–"] * 7]
     cells = [name, arm["router"], f"{arm['num_experts']:g}", f"{arm['experts_per_token']:g}"]
-    for measure, digits in zip(_ROUTING, (2, 2, 1, 4, 4), strict=True):
+    for measure, (_, _, digits) in _ROUTING.items():
         interval = Interval(**arm[measure])
         cells.append(f"{interval.mean:.{digits}f} ± {interval.half_width:.{digits}f}")
     return cells

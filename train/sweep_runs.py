@@ -138,12 +138,15 @@ class Progress:
     seeds, or where there are none, as the other arms' runs."""
 
     def __init__(self, runs: list[Run]):
-        self._todo = [run for run in runs if kept_result(run) is None]
-        self._number, self._total = len(runs) - len(self._todo), len(runs)
+        self._todo: list[Run] = []
         self._seconds: dict[str, list[float]] = {}
         for run in runs:
-            if (kept := kept_result(run)) is not None:
-                self._seconds.setdefault(run.arm, []).append(kept["wall_seconds"])
+            kept = kept_result(run)
+            if kept is None:
+                self._todo.append(run)
+            else:
+                self.end(run, kept["wall_seconds"])
+        self._number, self._total = len(runs) - len(self._todo), len(runs)
 
     def begin(self, run: Run, status: StatusLine) -> None:
         """Show this run, the next one, in every line."""
