@@ -214,34 +214,27 @@ def test_what_does_not_change_the_run_so_far_may_change(tmp_path):
 
 
 def test_the_rate_of_a_routers_bias_may_change_and_at_0_the_bias_stays(tmp_path, capsys):
-    def rate(value):
-        router = {"name": "topk", "bias_update_rate": value, "bias_centered": value is not None}
-        return {
-            "model.moe.router": router,
-            "model.moe.layers": [
-                {"layers": [1], "router": router | {"top_k": 1, "normalize": False}}
-            ],
-        }
+    def train(steps, rate):
+        router = {"name": "topk", "bias_update_rate": rate, "bias_centered": rate is not None}
+        other = {"layers": [1], "router": router | {"top_k": 1, "normalize": False}}
+        changes = {"training.steps": steps, "routes.record": str(tmp_path / "routes")}
+        moe = {"model.moe.router": router, "model.moe.layers": [other]}
+        return run(tmp_path / "run", SHORT | changes | moe)
 
     def biases():
         weights = checkpoint(tmp_path / "run").tensors["model"]
         return [weights[f"blocks.{layer}.feed_forward.router.expert_bias"] for layer in (0, 1)]
 
-    assert run(tmp_path / "run", SHORT | {"training.steps": 3} | rate(0.02)) == 0
+    assert train(3, 0.02) == 0
     moved = biases()
     assert all(bias.abs().max() > 0 for bias in moved)
     capsys.readouterr()
-    assert run(tmp_path / "run", {"training.steps": 5} | rate(None)) == 2
-    assert (
-        'router.bias_update_rate: "any number" in the checkpoint, null now'
-        in capsys.readouterr().err
-    )
-    assert run(tmp_path / "run", {"training.steps": 5} | rate(0)) == 0
-    out = capsys.readouterr().out
-    assert (
-        "note: from here on model.moe.router.bias_update_rate: 0.02 in the checkpoint, 0.0 now"
-        in out
-    )
+    assert train(5, None) == 2
+    error = capsys.readouterr().err
+    assert 'router.bias_update_rate: "any number" in the checkpoint, null now' in error
+    assert train(5, 0) == 0
+    changed = "model.moe.router.bias_update_rate: 0.02 in the checkpoint, 0.0 now"
+    assert f"note: from here on {changed}" in capsys.readouterr().out
     assert checkpoint(tmp_path / "run").step == 5
     assert all(torch.equal(*pair) for pair in zip(biases(), moved, strict=True))
 

@@ -1,9 +1,11 @@
 """Which settings differ between the parts of a run, and which of them must not?"""
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moe.variants import load_variant
 from train.errors import ConfigError
 
 
@@ -42,6 +44,18 @@ def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
                 ]
             )
         )
+
+
+def lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a run with one text for all numbers that its routers `may_change`."""
+    copied = copy.deepcopy(dict(identity))
+    moe = copied["model"]["moe"]
+    for place in (moe, *moe["layers"]):
+        router = place["router"]
+        for name in load_variant("routers", router["name"]).Config.may_change if router else ():
+            if router[name] is not None:
+                router[name] = "any number"
+    return copied
 
 
 def _flatten(value: Any, where: str = "") -> Iterable[tuple[str, str]]:

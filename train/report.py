@@ -40,7 +40,8 @@ def describe(analysis: dict[str, Any]) -> str:
     tokens = sum(analysis["tokens"].values())
     head = (
         f"{analysis['run']}, step {analysis['step']}: {tokens:,} tokens of held-out text, "
-        f"{format_layers(map(_experts, analysis['layers']))}, loss {analysis['loss']['mean']:.4f} "
+        f"{format_layers(map(_experts, analysis['layers']))}, "
+        f"{format_layers(map(_chosen, analysis['layers']))}, loss {analysis['loss']['mean']:.4f} "
         f"nats/token (mean over {len(analysis['domains'])} domains)"
     )
     rows = [["layer", "MaxVio", "effective", "dead", "domain info", "shuffled", "repeat rate"]]
@@ -74,9 +75,13 @@ def describe(analysis: dict[str, Any]) -> str:
 
 
 def _experts(row: dict[str, Any]) -> str:
-    """What a layer chooses among, and how many a token has: `8 experts, top-2`."""
+    """What a layer chooses among: `8 experts`, and how many of them cost nothing."""
     costless = row["zero_computation"]
     free = f" ({len(costless)} of them {', '.join(dict.fromkeys(costless))})" if costless else ""
+    return f"{row['num_experts']} experts{free}"
+
+
+def _chosen(row: dict[str, Any]) -> str:
+    """How many a token has: `top-2`, or the mean where their number varies."""
     mean, most = row["choices_per_token"], row["top_k"]
-    number = f"top-{most}" if mean == most else f"{mean:.2f} a token"
-    return f"{row['num_experts']} experts{free}, {number}"
+    return f"top-{most}" if mean == most else f"{mean:.2f} a token"

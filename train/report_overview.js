@@ -111,7 +111,8 @@ function overview(body) {
     cards({
       "training tokens": whole(analysis.trained_tokens),
       "held-out tokens analysed": whole(numTokens),
-      "experts in each routed layer, of these a token has": `${numExperts}, ${numChosen}${shared}`,
+      "experts in each routed layer": `${numExperts}${shared}`,
+      "of these a token has": numChosen,
       "layers, routed / all": `${layers.length} / ${model.num_layers}`,
       "million parameters, active / all":
         `${millions(model.active_parameters)} / ${millions(model.parameters)}`,

@@ -23,7 +23,7 @@ from moe.config import ModelConfig
 from moe.measures import route_overlap
 from moe.routing import Routing, stack_layers
 from moe.variants import load_variant
-from train.changed_settings import changed_settings
+from train.changed_settings import changed_settings, lasting
 from train.config import RoutesConfig, RunConfig
 from train.errors import ConfigError, DataError
 from train.packing import Batch
@@ -181,7 +181,7 @@ def open_routes(
         if there is not None:
             _refuse(
                 f"{SETTING} ({target.folder}) holds the routes of another run:",
-                changed_settings(there.header.run, ours.run, _LABELS),
+                changed_settings(lasting(there.header.run), lasting(ours.run), _LABELS),
                 "choose another folder, or remove that one",
             )
     # A run that is done is only looked at.

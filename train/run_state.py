@@ -14,9 +14,10 @@ from train.random_state import get_random_state, seed_all, set_random_state
 
 
 def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
+    """What must not change between the parts of a run, but for what `lasting` lets go."""
     return {
-        "model": _lasting(model),
+        # Which kernels compute it may change: they agree to rounding.
+        "model": model.model_dump(mode="json", exclude={"kernel_backend"}),
         "data": {
             "fingerprint": data.fingerprint,
             "domains": list(data.domain_names),
@@ -29,19 +30,6 @@ def identity(config: RunConfig, model: ModelConfig, data: PreparedData) -> dict[
         },
         "seed": config.seed,
     }
-
-
-def _lasting(model: ModelConfig) -> dict[str, Any]:
-    """The settings of a model without those that may change."""
-    # Which kernels compute it may change: they agree to rounding.
-    settings = model.model_dump(mode="json", exclude={"kernel_backend"})
-    moe = settings["moe"]
-    routers = [model.moe.router, *(override.router for override in model.moe.layers)]
-    for router, place in zip(routers, [moe, *moe["layers"]], strict=True):
-        for name in router.may_change if router is not None else ():
-            if place["router"][name] is not None:
-                place["router"][name] = "any number"
-    return settings
 
 
 def run_state(

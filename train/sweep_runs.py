@@ -93,8 +93,6 @@ def _settings(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     sections = {"optimizer", "schedule", "training", "evaluation"}
     return {
         **identity(config, config.model, data),
-        # Whole: what a run may change when it goes on decides its result too.
-        "model": config.model.model_dump(mode="json", exclude={"kernel_backend"}),
         **config.model_dump(mode="json", include=sections),
     }
 
