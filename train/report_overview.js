@@ -40,7 +40,7 @@ const MEASURES = [
   ["Load", [
     ["max_violation", "MaxVio", 2,
       "max_i c_i / mean(c) − 1, c_i the assignments of expert i: 0 when balanced, E/K − 1 "
-      + "at most"],
+      + "where K experts have all"],
     ["effective_experts", "effective experts", 1,
       "exp(H(load)), from 1 (all to one expert) to E (uniform)"],
     ["dead_experts", "dead experts", 0, "experts with no assignment in this text"],
