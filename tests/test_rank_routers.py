@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import test_rank_parity
 from rank_cases import run_ranks
-from router_cases import cases
 from test_rank_parity import case, check, run_cases
 from training_cases import data
+from variant_cases import variant_cases
 
 from moe.variants import load_variant
 from train.ranks import Ranks
@@ -67,14 +67,16 @@ def check_routers(changes: list[dict[str, Any]]) -> None:
 
 def test_two_ranks_take_with_each_router_the_step_of_one_process():
     # The last example of each file, which is the furthest from top-k, or its defaults.
-    last = dict(cases())
+    last = dict(variant_cases("routers"))
     check_routers([rank_case(name, settings, 2, 1) for name, settings in last.items()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "stage"), [(1, 0), (1, 2), (2, 3)])
 def test_two_ranks_take_with_every_example_the_step_of_one_process(size, stage):
-    changes = [rank_case(name, settings, size, stage) for name, settings in cases()]
+    changes = [
+        rank_case(name, settings, size, stage) for name, settings in variant_cases("routers")
+    ]
     # In groups that end before their ranks count as standing still and write their stacks.
     for start in range(0, len(changes), 10):
         check_routers(changes[start : start + 10])
