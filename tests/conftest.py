@@ -50,6 +50,13 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def run_in(tmp_path, monkeypatch):
+    """Work in an empty directory, so that errors name `x.yaml` alone."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
