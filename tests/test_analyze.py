@@ -12,29 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from analysis_cases import DOMAINS, EXPERTS, LAYERS, SAVED, TOKENS, K, analyze
 from checkpoint_cases import flip_bit
-from training_cases import data, run, settings
+from training_cases import data, run
 
-import train.analysis_text
-import train.route_table
-from train.analyze import FILES, main
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.analyze import main
 from train.generate import load_run
 from train.packing import IGNORE
 
-TOKENS = 320
-SAVED = {
-    "training.steps": 40,
-    "evaluation.every": 0,
-    "checkpoint.every": 25,
-    "data.validation_tokens": TOKENS,
-    "evaluation.batch_size": 32,
-    "logging.every": 20,
-    "training.batch_size": 8,
-}
-ABLATION_TOKENS = 128
-DOMAINS = ("prose", "sums")
-LAYERS, EXPERTS, K = 2, 4, 2
+pytest_plugins = ["analysis_fixtures"]
 
 # Sends each byte of `sums` to expert 1 and all else to expert 0: an expert for each domain.
 PLANTED_ROUTER = """
@@ -64,30 +50,6 @@ class Router(RouterModule):
         weights = torch.where(chosen < 0, 0.0, 1.0)
         return make_routing(logits, logits.softmax(-1), weights, chosen, context.valid)
 """
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("analyze") / "run"
-    assert run(path, SAVED) == 0
-    return path
-
-
-def analyze(run_dir: Path, output: Path, *arguments: object) -> dict[str, Any]:
-    assert main([str(run_dir), "--output", str(output), *map(str, arguments)]) == 0
-    return json.loads((output / "analysis.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def output(run_dir, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("output") / "new"
-    analyze(run_dir, path, "--against", 25, "--ablation-tokens", ABLATION_TOKENS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def analysis(output) -> dict[str, Any]:
-    return json.loads((output / "analysis.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -349,77 +311,6 @@ def test_a_router_that_cannot_replay_has_no_ablation(planted, tmp_path, monkeypa
     assert "planted_lab.alphabet cannot take routes" in found["ablation"]["skipped"]
 
 
-# ---- ablation
-
-
-def losses_without(run_dir: Path, layer: int, expert: int) -> dict[str, float]:
-    """Loss of each domain with one expert's part taken out of its layer's sum by a hook on the
-    router, the weights of the others divided by their sum."""
-    model, _, _ = load_run(run_dir)
-
-    def take_out(module, arguments, routing):
-        weights = routing.topk_weights.masked_fill(routing.topk_indices == expert, 0)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
-        return routing._replace(topk_weights=weights)
-
-    if expert >= 0:
-        model.blocks[layer].feed_forward.router.register_forward_hook(take_out)
-    losses = {}
-    with torch.no_grad():
-        for name in DOMAINS:
-            each = []
-            for batch in data().validation_batches(name, 1, 16, max_tokens=ABLATION_TOKENS // 2):
-                logits = model(batch.input_ids, document_ids=batch.document_ids).logits[0]
-                known = batch.labels[0] != IGNORE
-                picked = logits.double().log_softmax(-1)[known, batch.labels[0][known]]
-                each += (-picked).tolist()
-            losses[name] = float(np.mean(each))
-    return losses
-
-
-def test_ablation_is_a_forward_without_the_experts_part(run_dir, analysis):
-    found = analysis["ablation"]
-    whole = losses_without(run_dir, 0, -1)
-    assert found["loss"] == pytest.approx(whole, rel=1e-6)
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            without = losses_without(run_dir, layer, expert)
-            rises = {name: without[name] - whole[name] for name in DOMAINS}
-            for name, rise in rises.items():
-                assert found["rise_by_domain"][name][layer][expert] == pytest.approx(rise, abs=1e-6)
-            mean = sum(rises.values()) / len(rises)
-            assert found["rise"][layer][expert] == pytest.approx(mean, abs=1e-6)
-    assert max(abs(rise) for layer in found["rise"] for rise in layer) > 1e-3
-
-
-def test_the_experts_that_matter_most_come_first(analysis):
-    found = analysis["ablation"]
-    places = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-    ranked = sorted(places, key=lambda place: -found["rise"][place[0]][place[1]])
-    assert [(row["layer"], row["expert"]) for row in found["top_experts"]] == ranked
-    for row in found["top_experts"]:
-        rises = {n: r[row["layer"]][row["expert"]] for n, r in found["rise_by_domain"].items()}
-        assert row["domain"] == max(rises, key=rises.__getitem__)
-        assert row["domain_rise"] == rises[row["domain"]]
-
-
-def test_a_planted_important_expert_ranks_first(run_dir, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir, copy)
-    checkpoint = load_checkpoint(copy / "checkpoints" / "step_00000040")
-    weights = dict(checkpoint.tensors["model"])
-    planted = "blocks.1.feed_forward.experts.3.w2"
-    assert planted in weights
-    for name in weights.keys() - {planted}:
-        # All others answer a hundredth of what they did.
-        if ".experts." in name and name.endswith(".w2"):
-            weights[name] = 0.01 * weights[name]
-    save_checkpoint(copy, 41, {"model": weights}, checkpoint.state, keep_last=3)
-    found = analyze(copy, tmp_path / "out", "--ablation-tokens", 256)["ablation"]["top_experts"]
-    assert (found[0]["layer"], found[0]["expert"]) == (1, 3)
-    assert found[0]["rise"] > 3 * abs(found[1]["rise"])
-
-
 # ---- other checkpoints
 
 
@@ -513,148 +404,3 @@ def test_routes_that_the_training_wrote_become_a_curve(run_dir, tmp_path, capsys
     error = capsys.readouterr().err
     assert "probe_routes, step 30: holds (49, 2, 2), needs (50, 2, 2) (N, L, K); left out" in error
     assert error.count("left out") == 3
-
-
-# ---- memory, files and errors
-
-
-def test_memory_is_bounded_and_the_numbers_do_not_depend_on_it(
-    run_dir, analysis, output, tmp_path, monkeypatch
-):
-    """One sequence a forward and 64 rows a part give the same table and the same numbers."""
-    sizes = []
-    real = train.analysis_text.read
-
-    def measured(model, batch, routes=None):
-        sizes.append(batch.input_ids.numel())
-        return real(model, batch, routes)
-
-    for module in ("analysis_routes", "expert_ablation", "saturation"):
-        monkeypatch.setattr(f"train.{module}.read", measured)
-    monkeypatch.setattr(train.analysis_text, "MAX_LOGITS", 16 * 320)
-    monkeypatch.setattr(train.route_table, "_ROWS", 64)
-    arguments = ("--against", 25, "--ablation-tokens", ABLATION_TOKENS)
-    found = analyze(run_dir, tmp_path, *arguments)
-    assert max(sizes) == 16
-    table = pq.ParquetFile(tmp_path / "routes.parquet")
-    assert table.num_row_groups == 2 * TOKENS * LAYERS / 64
-    whole = pq.read_table(output / "routes.parquet")
-    for name in whole.column_names[:-1]:
-        assert table.read().column(name).to_pylist() == whole.column(name).to_pylist()
-    for key in ("load", "co_activation_counts", "vocabulary", "saturation", "layers", "loss"):
-        assert json.loads(json.dumps(found[key])) == approximately(analysis[key]), key
-
-
-def approximately(value):
-    """Equal to float32 rounding, whatever the nesting."""
-    if isinstance(value, dict):
-        return {key: approximately(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [approximately(item) for item in value]
-    return pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value
-
-
-def test_a_second_analysis_replaces_the_first_and_is_the_same(run_dir, output, tmp_path, capsys):
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir, copy)
-    default = copy / "analysis" / "step_00000040"
-    arguments = [str(copy), "--against", "25", "--ablation-tokens", str(ABLATION_TOKENS)]
-    assert main(arguments) == 0
-    printed = capsys.readouterr()
-    assert [line for line in printed.out.splitlines() if "/" in line][-1] == str(
-        default / "report.html"
-    )
-    assert "routes: 640 tokens in" in printed.err and "ablation: 8 experts in" in printed.err
-    for name in FILES:
-        (default / name).write_text("old")
-    (default / "mine.txt").write_text("mine")
-    assert main(arguments) == 0
-    assert sorted(path.name for path in default.iterdir()) == sorted([*FILES, "mine.txt"])
-    first = json.loads((output / "analysis.json").read_text())
-    again = json.loads((default / "analysis.json").read_text())
-    assert {**again, "run": None} == {**first, "run": None}
-    assert (default / "routes.parquet").read_bytes() == (output / "routes.parquet").read_bytes()
-
-
-def test_a_failure_leaves_the_old_files_and_nothing_else(run_dir, tmp_path, monkeypatch):
-    analyze(run_dir, tmp_path, "--ablation-tokens", 0)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def stop(analysis):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("train.analyze.render_html", stop)
-    assert main([str(run_dir), "--output", str(tmp_path), "--tokens", "32"]) == 130
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_full_disk_is_exit_code_7(run_dir, small_disk, capsys):
-    folder = small_disk / "out"
-    (small_disk / "filler").write_bytes(bytes(3_000_000 - 16_384))
-    assert main([str(run_dir), "--output", str(folder)]) == 7
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert "No space left" in line and "choose another" in line
-    assert list(folder.iterdir()) == []
-
-
-def test_what_cannot_be_is_one_line(run_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    file = tmp_path / "file"
-    file.write_text("")
-    (tmp_path / "folder" / "analysis.json").mkdir(parents=True)
-    for arguments, message in (
-        ([tmp_path / "absent"], "no such run directory"),
-        ([run_dir, "--step", 7], "has no checkpoint of step 7; it has: 25, 40"),
-        ([run_dir, "--against", 7], "has no checkpoint of step 7; it has: 25, 40"),
-        ([run_dir, "--against", 40], "--against (40) is the analysed step itself"),
-        ([run_dir, "--tokens", 15], "--tokens (15) is out of range; needs training.seq_len (16)"),
-        ([run_dir, "--ablation-tokens", 1], "--ablation-tokens (1) is out of range; needs 0"),
-        ([run_dir, "--ablation-tokens", -1], "--ablation-tokens (-1) is out of range"),
-        ([run_dir, "--output", file], f"--output ({file}) is a file"),
-        ([run_dir, "--output", tmp_path / "folder"], "analysis.json is a folder"),
-        ([run_dir, "--output", run_dir / "checkpoints" / "x"], "lies among the checkpoints"),
-        ([run_dir, "--device", "cuda"], "--device cuda, but PyTorch sees no GPU"),
-    ):
-        assert main([str(argument) for argument in arguments]) == 2, arguments
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ") and message in line
-
-
-def test_a_dense_model_has_no_experts(tmp_path, capsys):
-    changes = {"training.steps": 1, "evaluation.every": 0, "model.feed_forward": "dense"}
-    assert run(tmp_path / "run", changes) == 0
-    capsys.readouterr()
-    assert main([str(tmp_path / "run")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no routed layer (model.feed_forward: dense)" in line
-
-
-def own_run(folder: Path, texts: list[str]) -> Path:
-    (folder / "texts").mkdir()
-    for number, text in enumerate(texts):
-        (folder / "texts" / f"{number}.txt").write_text(text)
-    domains = settings(folder)["data"]["domains"]
-    domains = [{**domains[0], "files": str(folder / "texts" / "*.txt")}]
-    changes = {"training.steps": 1, "evaluation.every": 0, "data.domains": domains}
-    assert run(folder / "run", changes) == 0
-    return folder / "run"
-
-
-def test_text_that_changed_is_refused(tmp_path, capsys):
-    path = own_run(tmp_path, [f"text {n} " * 40 for n in range(12)])
-    assert main([str(path), "--ablation-tokens", "0"]) == 0
-    (tmp_path / "texts" / "3.txt").write_text("another text " * 40)
-    capsys.readouterr()
-    assert main([str(path)]) == 2
-    assert "is not what the model was trained with" in capsys.readouterr().err
-    for file in (tmp_path / "texts").iterdir():
-        file.unlink()
-    assert main([str(path)]) == 3
-
-
-def test_no_validation_text_is_an_error(tmp_path, capsys):
-    # One document is all for training.
-    path = own_run(tmp_path, ["only one text " * 40])
-    capsys.readouterr()
-    assert main([str(path)]) == 3
-    assert "has no validation text to analyse" in capsys.readouterr().err
