@@ -198,12 +198,14 @@ class ModelConfig(Section):
 
     @property
     def experts_per_token(self) -> float:
-        """The mean over tokens: K, or what the router says where the number varies. Experts that
-        cost nothing do not count: with them, the mean where all choices are equally frequent. Where
-        layers differ, the mean over them."""
+        """The mean over tokens: K, or what the router says where the number varies, or the most
+        there can be where it cannot say. Experts that cost nothing do not count: with them, the
+        mean where all choices are equally frequent. Where layers differ, the mean over them."""
         if self.moe.layers:
             means = [config.experts_per_token for config in self._routed_configs]
             return sum(means) / len(means)
+        if not self.knows_experts_per_token:
+            return min(self.top_k, self.moe.num_experts)
         return self.choices_per_token * self.moe.num_experts / self.moe.num_choices
 
     @property
@@ -214,10 +216,10 @@ class ModelConfig(Section):
 
     @property
     def knows_experts_per_token(self) -> bool:
-        """False where a router lets their number vary and cannot say its mean: `experts_per_token`
-        is the most there can be then."""
-        configs = self._routed_configs if self.moe_layers else ()
-        return all(getattr(each.moe.router, "experts_per_token", 0) is not None for each in configs)
+        """False where a router lets their number vary and cannot say its mean."""
+        routers: list[Any] = [config.moe.router for config in self._routed_configs]
+        varying = [each for each in routers if hasattr(each, "experts_per_token")]
+        return all(each.experts_per_token is not None for each in varying)
 
     @property
     def causal(self) -> bool:

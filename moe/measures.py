@@ -24,7 +24,8 @@ def _load_and_number(tokens_per_expert: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio = max_i c_i / mean(c) - 1 over the last dimension: 0 when balanced, E/K - 1 at most.
+    """MaxVio = max_i c_i / mean(c) - 1 over the last dimension: 0 when balanced, E/K - 1
+    where K experts have all.
 
     Args: tokens_per_expert: (..., E) counts.
     Returns: (...,) float32; 0 where nothing was counted.

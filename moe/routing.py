@@ -65,14 +65,15 @@ class Routing(NamedTuple):
     """One layer's decisions for T tokens, E experts and K choices.
 
     router_logits, router_probs (T, E) float32; topk_weights (T, K) float32, 0 where the index is
-    -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments;
-    num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a valid token is
-    inf or NaN; valid (T,) bool, False for padding; num_dropped (E,) int64 assignments that the
-    router made and a capacity took back; penalty () what the router itself adds to the loss,
-    weighted, the mean over valid tokens, None for nothing; feedback (E,) float32 what its
-    `after_step` is told beside the counts, a mean over valid tokens, None for nothing. Of a router
-    that adds noise to its logits, None elsewhere: noise_std (T, E) its standard deviation, with
-    gradient; selection_logits (T, E) what it chose by, which are the router_logits with their
+    -1; topk_indices (T, K) int64, -1 for no assignment; tokens_per_expert (E,) int64 assignments:
+    these three are what a capacity has left, and chosen_weights, chosen_indices and demand what the
+    router decided; num_tokens () int64 valid tokens; logits_finite () bool, False if any logit of a
+    valid token is inf or NaN; valid (T,) bool, False for padding; num_dropped (E,) int64
+    assignments that the router made and a capacity took back; penalty () what the router itself
+    adds to the loss, weighted, the mean over valid tokens, None for nothing; feedback (E,) float32
+    what its `after_step` is told beside the counts, a mean over valid tokens, None for nothing. Of
+    a router that adds noise to its logits, None elsewhere: noise_std (T, E) its standard deviation,
+    with gradient; selection_logits (T, E) what it chose by, which are the router_logits with their
     noise. Under a capacity, None elsewhere: wanted_indices and wanted_weights (T, K), what the
     router chose before the drop.
     """

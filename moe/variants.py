@@ -8,7 +8,9 @@ Each module has a `Config` (a `VariantConfig`) and the class or function that it
               forward(x, context) -> Routing; it says where it breaks a rule. Config has top_k,
               the K columns of its Routing (unused ones hold -1), None for E; and where a token's
               number of experts varies, experts_per_token, their mean, None if not known
-    losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`
+              may_change: its numbers that a run that goes on may change
+    losses    function loss(config, routing, context) -> scalar of one layer; Config has a `weight`,
+              and says whether it reads_batch_counts, needs_batch_counts or needs_noise
     experts   class Experts(config, num_experts, hidden_size, intermediate_size):
               forward(rows, tokens_per_expert, backend=...) -> rows, where rows behind the last
               expert's are unused; with `fuses_dispatch = True` also forward(x, tokens_per_expert,

@@ -21,7 +21,7 @@ from kernels.matmul import linear
 from moe.routing import Routing
 
 # In the order in which they stand behind the networks.
-KINDS = ("zero", "copy", "constant")
+ZERO_COMPUTATION_KINDS = ("zero", "copy", "constant")
 
 
 class ZeroComputationExperts(nn.Module):

@@ -1,10 +1,13 @@
 """Does an expert keep what its capacity allows, in the order of the priority, and is every dropped
 assignment counted?"""
 
+import io
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import randn, relative_error
@@ -15,7 +18,7 @@ from router_cases import build
 from router_step_cases import CHECKS as STEP_CHECKS
 from test_causality import before, changed_at, difference
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training_cases import make_config, make_engine, micro_batches
+from training_cases import make_config, make_engine, micro_batches, run
 
 from moe.capacity import BROKEN_RULES, limit_to_capacity
 from moe.losses import LossContext, importance
@@ -23,8 +26,14 @@ from moe.losses.load_balancing import Config, loss
 from moe.router import RULES, RouterModule
 from moe.routing import RouterContext, make_routing, noise_like
 from moe.rules import broken_rules
+from train.analysis_routes import TextSample
+from train.analysis_text import Reading
+from train.packing import Batch
+from train.route_statistics import RouteStatistics
+from train.route_table import RouteTable
 from train.scalars import load_measures
 from train.step import train_step
+from train.validation import _Probe
 
 T, E, K = 40, 6, 3
 PRIORITIES = ("position", "probability", "random")
@@ -317,6 +326,44 @@ def test_the_bias_moves_by_what_the_router_asked_for(tmp_path):
         metrics.tokens_per_expert, metrics.num_dropped, metrics.tokens_per_expert
     )["dropped_percent"]
     assert torch.allclose(shown, 100 * metrics.num_dropped / made)
+
+
+def test_what_is_told_of_routes_is_what_the_router_chose():
+    config = tiny_config(num_layers=1)
+    ids = tokens(4, T // 4)
+    batch = Batch(ids, ids.roll(-1, 1), torch.zeros(4, T // 4).int(), torch.tensor([0, 0, 1, 1]))
+
+    def told(routing):
+        reading = Reading(torch.zeros(ids.shape), ids, (routing,))
+        statistics, probe = RouteStatistics(config, 2, torch.arange(67)), _Probe(2, T // 4)
+        sample, file = TextSample(("prose", "sums")), io.BytesIO()
+        table = RouteTable(file, ("prose", "sums"), (0,), K)
+        by_sequence = statistics.add(batch, (routing,))
+        probe.add(batch, (routing,))
+        sample.add(batch, reading)
+        table.add(batch, reading)
+        table.close()
+        counts = by_sequence, statistics.load, statistics.co_activation, statistics.repeats
+        counts += statistics.vocabulary.assignments, probe.routes(1, K)
+        return [
+            *(each.tolist() for each in counts),
+            sample.numbers(),
+            pq.read_table(file).to_pydict(),
+        ]
+
+    made = routing(hot=2.0)
+    limited = limit_to_capacity(made, 0.5, "position", context())
+    assert limited.num_dropped.sum() > T / 2
+    assert told(limited) == told(made)
+
+
+def test_the_status_line_says_what_a_run_dropped(tmp_path, capsys):
+    short = {"training.steps": 2, "evaluation.every": 0}
+    assert run(tmp_path / "whole", short) == 0
+    assert "dropped" not in capsys.readouterr().out
+    assert run(tmp_path / "dropping", short | {"model.moe.capacity_factor": 0.5}) == 0
+    shares = re.findall(r"^step .* dropped (\S+)% ", capsys.readouterr().out, re.MULTILINE)
+    assert len(shares) == 2 and all(40 < float(share) < 80 for share in shares)
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)

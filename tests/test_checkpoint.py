@@ -30,7 +30,7 @@ from checkpoint_cases import (
     values_of,
 )
 
-from train.changed_settings import refuse_changes
+from train.changed_settings import changed_settings, refuse_changes, with_allowed_changes
 from train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -503,6 +503,29 @@ def test_changed_fields_are_refused_one_line_each(tmp_path):
     ]
     assert "another output_dir" in str(error.value).splitlines()[-1]
     assert error.value.exit_code == 2
+
+
+def test_a_number_that_a_router_may_change_is_no_change_of_the_run():
+    def identity(rate, other=None, **settings):
+        router = {"name": "topk", "bias_update_rate": rate} | settings
+        return {"model": {"moe": {"router": router, "layers": [{"router": other}]}}}
+
+    def changes(saved, current):
+        return changed_settings(with_allowed_changes(saved, current), current)
+
+    before = identity(0.1)
+    assert changes(before, identity(0)) == [] and before == identity(0.1)
+    assert changes(identity(0, before["model"]["moe"]["router"]), identity(0.1, {})) != []
+    rate = "model.moe.router.bias_update_rate"
+    assert changes(before, identity(None)) == [f"{rate}: 0.1 in the checkpoint, null now"]
+    assert changes(identity(None), before) == [f"{rate}: null in the checkpoint, 0.1 now"]
+    (line,) = changes(identity(0.1, top_k=2), identity(0.2, top_k=1))
+    assert line == "model.moe.router.top_k: 2 in the checkpoint, 1 now"
+    # What is gone since, or was not there yet, is told as any other change.
+    name = '"my_lab.gone" in the checkpoint, "topk" now'
+    assert f"model.moe.router.name: {name}" in changes(identity(0.1, name="my_lab.gone"), before)
+    for old in ({}, {"model": {}}, {"model": {"moe": {"router": {"name": "topk"}}}}):
+        assert changes(old, before) != []
 
 
 def test_the_same_settings_pass_after_a_round_trip(tmp_path):

@@ -256,9 +256,9 @@ MISTAKES = {
         [],
         [
             "x.yaml: optimizer.learning_rate (1e+39) is beyond float32, in which training computes;"
-            " it reaches from 1.2e-38 to 3.4e+38",
-            "x.yaml: optimizer.eps (1e-300) is beyond float32, in which training computes; it"
-            " reaches from 1.2e-38 to 3.4e+38",
+            " take 0 or a number within 1.2e-38 and 3.4e+38",
+            "x.yaml: optimizer.eps (1e-300) is beyond float32, in which training computes; take"
+            " 0 or a number within 1.2e-38 and 3.4e+38",
         ],
     ),
     "a whole number that no float holds": (

@@ -349,6 +349,7 @@ def test_active_parameters_are_an_upper_bound_where_a_router_takes_as_many_as_it
         said = f"{most}{format_count(plan.parameters.active)}"
         assert lines["parameters, active a token"] == said
         assert lines["FLOPs a token, training"].startswith("at most ") == bool(most)
+        assert lines["tokens an active parameter"].startswith("at least ") == bool(most)
 
 
 def test_a_plan_needs_no_memory(tmp_path):

@@ -231,7 +231,7 @@ def test_the_rate_of_a_routers_bias_may_change_and_at_0_the_bias_stays(tmp_path,
     capsys.readouterr()
     assert train(5, None) == 2
     error = capsys.readouterr().err
-    assert 'router.bias_update_rate: "any number" in the checkpoint, null now' in error
+    assert "router.bias_update_rate: 0.02 in the checkpoint, null now" in error
     assert train(5, 0) == 0
     changed = "model.moe.router.bias_update_rate: 0.02 in the checkpoint, 0.0 now"
     assert f"note: from here on {changed}" in capsys.readouterr().out

@@ -91,13 +91,13 @@ def test_a_step_is_compared_in_parts_that_fit_into_memory(monkeypatch):
     a, b = (train.routes.open_recording(folder, "A") for folder in two_runs())
     expected = by_hand(*two_runs())
     sizes = []
-    real = train.routes.routing_agreement
+    real = train.routes._common
 
-    def agreement(routes, reference):
+    def common(routes, reference):
         sizes.append(routes.shape[1])
         return real(routes, reference)
 
-    monkeypatch.setattr(train.routes, "routing_agreement", agreement)
+    monkeypatch.setattr(train.routes, "_common", common)
     # Three sequences of 2 layers, 16 tokens and 2 x 2 comparisons.
     monkeypatch.setattr(train.routes, "_COMPARED", 3 * 2 * 16 * 4 + 1)
     for step in range(NUM_STEPS):

@@ -22,7 +22,7 @@ from moe.measures import (
 )
 from moe.model import MoETransformer
 from moe.routing import stack_layers
-from moe.zero_computation import KINDS
+from moe.zero_computation import ZERO_COMPUTATION_KINDS
 from train.analysis_text import HeldOutText, Reading, num_labels, progress, read, sum_by_domain
 from train.packing import Batch
 from train.route_statistics import RouteStatistics, VocabularyCounts, frequent_tokens
@@ -213,7 +213,7 @@ def layer_numbers(
     shuffled = domain_expert_information(counts.shuffled.transpose(1, 2)).mean(0)
     entropy, confidence, margin = (counts.router / counts.tokens.sum()).unbind(-1)
     columns = {
-        "choices_per_token": load.clamp(min=0).sum(-1) / counts.tokens.sum(),
+        "choices_per_token": load.clamp(min=0).sum(-1).double() / counts.tokens.sum(),
         "max_violation": max_violation(load),
         "effective_experts": effective_experts(load),
         "dead_experts": dead_experts(load),
@@ -237,7 +237,7 @@ def layer_numbers(
     numbers = []
     for layer, row in zip(counts.config.moe_layers, rows, strict=True):
         here = counts.config.at(layer)
-        costless = zip(KINDS, here.moe.zero_computation, strict=True)
+        costless = zip(ZERO_COMPUTATION_KINDS, here.moe.zero_computation, strict=True)
         of_layer = {
             "layer": layer,
             "num_experts": here.moe.num_choices,

@@ -46,16 +46,25 @@ def refuse_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         )
 
 
-def lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of a run with one text for all numbers that its routers `may_change`."""
-    copied = copy.deepcopy(dict(identity))
-    moe = copied["model"]["moe"]
-    for place in (moe, *moe["layers"]):
-        router = place["router"]
-        for name in load_variant("routers", router["name"]).Config.may_change if router else ():
-            if router[name] is not None:
-                router[name] = "any number"
-    return copied
+def with_allowed_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved identity of a run with the current numbers that the routers `may_change`.
+
+    Args: saved: of any version of the project, and of variants that may be gone.
+    """
+    allowed = copy.deepcopy(dict(saved))
+    for theirs, ours in zip(_routers(allowed), _routers(current), strict=False):
+        if theirs.get("name") != ours.get("name"):
+            continue
+        for name in load_variant("routers", ours["name"]).Config.may_change if ours else ():
+            if theirs.get(name) is not None and ours[name] is not None:
+                theirs[name] = ours[name]
+    return allowed
+
+
+def _routers(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of the routers of all layers, {} where a layer has none of its own."""
+    moe = identity.get("model", {}).get("moe", {})
+    return [place.get("router") or {} for place in (moe, *moe.get("layers", ()))]
 
 
 def _flatten(value: Any, where: str = "") -> Iterable[tuple[str, str]]:

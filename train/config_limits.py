@@ -33,8 +33,8 @@ def out_of_range(values: Any, path: SettingPath = ()) -> Iterator[str]:
     elif isinstance(values, float):
         if values and not _SMALLEST <= abs(values) <= _LARGEST:
             yield (
-                f"{name} ({values}) is beyond float32, in which training computes; it reaches from "
-                f"{_SMALLEST:.2g} to {_LARGEST:.2g}"
+                f"{name} ({values}) is beyond float32, in which training computes; take 0 or a "
+                f"number within {_SMALLEST:.2g} and {_LARGEST:.2g}"
             )
     elif isinstance(values, str):
         # What the model goes on from may hold anything; every other text names something.

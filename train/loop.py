@@ -111,8 +111,8 @@ class Loop:
         # Of this process: seconds of each step, and (step, mean validation loss) as evaluated.
         self.step_seconds: list[float] = []
         self.history: list[tuple[int, float]] = []
-        # Of this process: steps that were skipped, alarms raised, assignments dropped.
-        self.num_skipped = self.num_alarms = self.num_dropped = 0
+        # Of this process: steps that were skipped, alarms raised, assignments made and dropped.
+        self.num_skipped = self.num_alarms = self.num_assigned = self.num_dropped = 0
 
     def run(self, position: Position, stop: StopRequest) -> tuple[Position, Evaluation | None]:
         """Train to the last step or until `stop`; the position is saved in either case.
@@ -226,7 +226,9 @@ class Loop:
         alarms = tuple(self.alarms.check(metrics, self.window))
         self.num_skipped += metrics.skipped
         self.num_alarms += len(alarms)
-        self.num_dropped += int(metrics.num_dropped.sum())
+        assigned, dropped = int(load.clamp(min=0).sum()), int(metrics.num_dropped.sum())
+        self.num_assigned += assigned
+        self.num_dropped += dropped
         speed = metrics.num_tokens / self.step_seconds[-1]
         if metrics.skipped:
             self.status.message(
@@ -237,7 +239,6 @@ class Loop:
         mfu = None if self._utilisation is None else speed * self._utilisation
         if self._logged(step):
             layers = len(load)
-            made = int(load.clamp(min=0).sum())
             limited = layers and self.config.model.moe.capacity_factor is not None
             self.status.show(
                 Status(
@@ -250,7 +251,7 @@ class Loop:
                     mfu=mfu,
                     max_violation=float(max_violation(load).max()) if layers else None,
                     dead_experts=int(dead_experts(window).sum()) if layers else None,
-                    dropped=int(metrics.num_dropped.sum()) / max(1, made) if limited else None,
+                    dropped=dropped / max(1, assigned) if limited else None,
                 )
             )
         if self.writer is None or not (self._logged(step) or self._pictured(step) or alarms):

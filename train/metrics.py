@@ -121,8 +121,9 @@ def routing_sums(
         return RoutingSums(
             none, none[:, 0], none, none.new_zeros(6, 0).double(), none[:, 0].double()
         )
-    counts = stack_layers([routing.demand for routing in routings])
-    dropped = torch.stack([routing.num_dropped.sum() for routing in routings])
+    by_expert = stack_layers([routing.num_dropped for routing in routings], fill=0)
+    counts = stack_layers([routing.tokens_per_expert for routing in routings]) + by_expert
+    dropped = by_expert.sum(-1)
     if not detail:
         none = counts.new_zeros(0, LOGIT_BINS)
         return RoutingSums(

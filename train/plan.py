@@ -32,8 +32,8 @@ _FLOAT32 = 4
 class Plan(NamedTuple):
     """parameters as counted by `moe.model`; bytes by part, and of one number in the matmuls; ranks:
     of a launcher, whose memory each these bytes are; host_bytes: of these, off the device;
-    routes_bytes: of a recording of all steps; at_most: active parameters and FLOPs are the most
-    there can be, as nobody knows how many experts a token will have."""
+    routes_bytes: of a recording of all steps; is_upper_bound: active parameters and FLOPs are the
+    most there can be, as nobody knows how many experts a token will have."""
 
     parameters: ParameterCount
     flops_per_token: int
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     tokens_per_step: int
     num_steps: int
     compute_bytes: int
-    at_most: bool = False
+    is_upper_bound: bool = False
     ranks: Ranks | None = None
     host_bytes: int = 0
     routes_bytes: int = 0
@@ -89,7 +89,7 @@ def make_plan(
         tokens_per_step=config.tokens_per_step,
         num_steps=config.num_steps,
         compute_bytes=compute_bytes,
-        at_most=not model_config.knows_experts_per_token,
+        is_upper_bound=bool(model_config.moe_layers) and not model_config.knows_experts_per_token,
         ranks=ranks,
         routes_bytes=recording_bytes(config, model_config),
     )
@@ -207,7 +207,7 @@ def describe_plan(plan: Plan) -> str:
     """A table for a person."""
     parameters = plan.parameters
     each = "" if plan.ranks is None else " of a rank"
-    most = "at most " if plan.at_most else ""
+    most, least = ("at most ", "at least ") if plan.is_upper_bound else ("", "")
     rows = [
         ("parameters, total", format_count(parameters.total)),
         ("parameters, active a token", most + format_count(parameters.active)),
@@ -225,7 +225,7 @@ def describe_plan(plan: Plan) -> str:
         ("tokens a step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.num_steps:,}"),
         ("tokens", format_count(plan.tokens)),
-        ("tokens an active parameter", f"{plan.tokens / parameters.active:.2f}"),
+        ("tokens an active parameter", f"{least}{plan.tokens / parameters.active:.2f}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from moe.config import ModelConfig
 from train.arguments import parse_arguments
-from train.changed_settings import changed_settings, lasting, refuse_changes
+from train.changed_settings import changed_settings, refuse_changes, with_allowed_changes
 from train.checkpoint import Checkpoint, RunLock, find_checkpoint, save_checkpoint
 from train.config import ParallelConfig, RunConfig, dump_config, load_config
 from train.data import PreparedData, check_sources, describe, prepare_data
@@ -196,7 +196,8 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
     model = with_vocab_size(config.model, data.tokenizer.vocab_size)
     facts = identity(config, model, data)
     if found is not None:
-        refuse_changes(lasting(found.state["identity"]), lasting(facts))
+        saved = found.state["identity"]
+        refuse_changes(with_allowed_changes(saved, facts), facts)
     done = found.state["step"] if found else 0
     routes = open_routes(config, model, facts, done, ranks)
     plan = make_plan(config, model, 2, ranks)

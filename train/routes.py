@@ -23,7 +23,8 @@ from moe.config import ModelConfig
 from moe.measures import route_overlap
 from moe.routing import Routing, stack_layers
 from moe.variants import load_variant
-from train.changed_settings import changed_settings, lasting
+from moe.zero_computation import ZERO_COMPUTATION_KINDS
+from train.changed_settings import changed_settings, with_allowed_changes
 from train.config import RoutesConfig, RunConfig
 from train.errors import ConfigError, DataError
 from train.packing import Batch
@@ -179,9 +180,10 @@ def open_routes(
         check_directory(target.folder, SETTING, setting=SETTING)
         there = find_recording(target.folder)
         if there is not None:
+            recorded = there.header.run
             _refuse(
                 f"{SETTING} ({target.folder}) holds the routes of another run:",
-                changed_settings(lasting(there.header.run), lasting(ours.run), _LABELS),
+                changed_settings(with_allowed_changes(recorded, ours.run), ours.run, _LABELS),
                 "choose another folder, or remove that one",
             )
     # A run that is done is only looked at.
@@ -213,9 +215,9 @@ def make_header(config: RunConfig, model: ModelConfig, facts: dict[str, Any]) ->
         "num_experts": _of_layers(model.choices_of_layers),
         "top_k": _of_layers(model.top_k_of_layers),
     }
-    # The last of each layer's experts: those that cost nothing.
-    names = ("num_zero_experts", "num_copy_experts", "num_constant_experts")
-    experts |= {name: number for name in names if (number := getattr(model.moe, name))}
+    # The last of each layer's experts. None at all is not written: older recordings say nothing.
+    costless = zip(ZERO_COMPUTATION_KINDS, model.moe.zero_computation, strict=True)
+    experts |= {f"num_{kind}_experts": number for kind, number in costless if number}
     # Two runs that differ in a rate only are two runs; a run keeps its place.
     run = {"output_dir": normpath(config.output_dir), **facts}
     return Header(
@@ -259,13 +261,15 @@ def routing_agreement(a: Tensor, b: Tensor) -> Tensor:
     Args: (L, B, S, K) chosen experts of the same tokens, -1 for none; K may differ.
     Returns: (L,) float64.
     """
-    same = route_overlap(a.flatten(1, 2), b.flatten(1, 2)) * _assignments(b)
-    return same / ((_assignments(a) + _assignments(b)) / 2).clamp(min=1)
+    same, number = _common(a, b)
+    return same / number.clamp(min=1)
 
 
-def _assignments(routes: Tensor) -> Tensor:
-    """(L,) of (L, B, S, K) routes."""
-    return (routes >= 0).sum((1, 2, 3))
+def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(L,) assignments that both have, and the mean of how many each has."""
+    ours, theirs = ((routes >= 0).sum((1, 2, 3)) for routes in (a, b))
+    same = route_overlap(a.flatten(1, 2), b.flatten(1, 2)) * theirs
+    return same, (ours + theirs) / 2
 
 
 def step_agreement(a: Recording, b: Recording, step: int) -> Tensor:
@@ -278,8 +282,8 @@ def step_agreement(a: Recording, b: Recording, step: int) -> Tensor:
         ours, theirs = (
             torch.from_numpy(each.read(step, first, count)).transpose(0, 1) for each in (a, b)
         )
-        number = (_assignments(ours) + _assignments(theirs)) / 2
-        same, total = same + routing_agreement(ours, theirs) * number, total + number
+        common, number = _common(ours, theirs)
+        same, total = same + common, total + number
     return same / total.clamp(min=1)
 
 

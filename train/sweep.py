@@ -30,7 +30,7 @@ from train.engine import build_engine
 from train.errors import ConfigError, NonFiniteError
 from train.loop import Loop, Position, StopRequest
 from train.metrics_writer import write_sweep_run
-from train.plan import describe_plan, format_count, make_plan
+from train.plan import Plan, describe_plan, format_count, make_plan
 from train.program import guarded
 from train.random_state import seed_all
 from train.run_directory import RunLock, make_directory, replace_file, storage_errors
@@ -89,13 +89,17 @@ def describe_sweep(sweep: Sweep, num_seeds: int) -> str:
         for name, config in sweep.arms.items()
     }
     flops = plans[sweep.baseline].flops_per_token
+
+    def most(plan: Plan) -> str:
+        return "at most " if plan.is_upper_bound else ""
+
     rows = [("arm", "parameters", "active", "FLOPs a token", f"against {sweep.baseline}")]
     rows += [
         (
             name,
             format_count(plan.parameters.total),
-            format_count(plan.parameters.active),
-            format_count(plan.flops_per_token),
+            most(plan) + format_count(plan.parameters.active),
+            most(plan) + format_count(plan.flops_per_token),
             f"{plan.flops_per_token / flops - 1:+.2%}",
         )
         for name, plan in plans.items()
@@ -165,7 +169,6 @@ def train_run(run: Run, study: Study, status: StatusLine, stop: StopRequest) -> 
     pace = statistics.median(loop.step_seconds)
     tokens = config.tokens_per_step
     points = [HistoryPoint(step * tokens, loss, step * pace) for step, loss in loop.history]
-    assigned = sum(int(counts.sum()) for counts in loop.load_history.counts)
     seconds = config.num_steps * pace
     result = {
         "arm": run.arm,
@@ -185,7 +188,7 @@ def train_run(run: Run, study: Study, status: StatusLine, stop: StopRequest) -> 
         "tokens_per_second": tokens / pace,
         "skipped_steps": loop.num_skipped,
         "alarms": loop.num_alarms,
-        "dropped_percent": 100 * loop.num_dropped / max(1, assigned),
+        "dropped_percent": 100 * loop.num_dropped / max(1, loop.num_assigned),
     }
     with storage_errors(study.directory):
         _write_events(run, study, dict(loop.history), evaluation, tokens / pace)

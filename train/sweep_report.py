@@ -83,6 +83,8 @@ def _arm_report(
         "causal": model.causal,
         "total": plan.parameters.total,
         "active": plan.parameters.active,
+        # Of K, active parameters and FLOPs: nobody knows how many experts a token will have.
+        "is_upper_bound": plan.is_upper_bound,
         "flops_per_token": plan.flops_per_token,
         "loss": t_interval(_losses(runs))._asdict(),
         **{measure: t_interval(values)._asdict() for measure, values in _routing(runs).items()},
@@ -238,12 +240,17 @@ def _verdict(names: Mapping[str, str], arms: Mapping[str, Mapping[str, Any]], ba
 
 def _routing_row(name: str, arm: Mapping[str, Any]) -> list[str]:
     if arm["router"] is None:
-        return [name, "dense", *["–"] * 7]
-    cells = [name, arm["router"], f"{arm['num_experts']:g}", f"{arm['experts_per_token']:g}"]
+        return [name, "dense", *["–"] * (2 + len(_ROUTING))]
+    experts_per_token = f"{_most(arm)}{arm['experts_per_token']:g}"
+    cells = [name, arm["router"], f"{arm['num_experts']:g}", experts_per_token]
     for measure, (_, _, digits) in _ROUTING.items():
         interval = Interval(**arm[measure])
         cells.append(f"{interval.mean:.{digits}f} ± {interval.half_width:.{digits}f}")
     return cells
+
+
+def _most(arm: Mapping[str, Any]) -> str:
+    return "at most " if arm["is_upper_bound"] else ""
 
 
 def _cost_row(name: str, arm: Mapping[str, Any], is_baseline: bool) -> list[str]:
@@ -256,8 +263,8 @@ def _cost_row(name: str, arm: Mapping[str, Any], is_baseline: bool) -> list[str]
     return [
         name,
         f"{arm['total'] / 1e6:.2f} M",
-        f"{arm['active'] / 1e6:.3f} M",
-        f"{arm['flops_per_token'] / 1e6:.3f}",
+        f"{_most(arm)}{arm['active'] / 1e6:.3f} M",
+        f"{_most(arm)}{arm['flops_per_token'] / 1e6:.3f}",
         f"{arm['tokens_per_second']:,.0f}",
         f"{arm['training_seconds']:.0f}",
         *ratios,

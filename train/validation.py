@@ -27,13 +27,13 @@ class Evaluation(NamedTuple):
     """One pass over the validation text; L routed layers, E experts.
 
     loss: nats per token of each domain that has validation text; unigram_entropy, bits_per_byte,
-    num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments, below
-    0 where a layer has no such expert.
-    information: (L,) I(domain; expert) / H(domain). shuffled_information: (L,) the same with the
-    domains of the sequences permuted, what chance alone would give. divergence: (L,)
-    Jensen-Shannon, nats. sequence_violation: (L,) MaxVio of a sequence, the mean over sequences.
-    co_activation: (L, E, E) counts. repeat_rate: (L,). vocabulary: of the VOCABULARY most frequent
-    tokens. probe_routes: (N, L, K) of the same N tokens each time.
+    num_tokens (predicted ones): of the same. tokens_per_expert: (domains, L, E) assignments that
+    the routers made, below 0 where a layer has no such expert. information: (L,) I(domain; expert)
+    / H(domain). shuffled_information: (L,) the same with the domains of the sequences permuted,
+    what chance alone would give. divergence: (L,) Jensen-Shannon, nats. sequence_violation: (L,)
+    MaxVio of a sequence, the mean over sequences. co_activation: (L, E, E) counts. repeat_rate:
+    (L,). vocabulary: of the VOCABULARY most frequent tokens. probe_routes: (N, L, K) of the same N
+    tokens each time.
     """
 
     loss: dict[str, float]

@@ -65,6 +65,7 @@ class Config(VariantConfig):
                 f"num_groups ({self.num_groups}) and groups_per_token ({self.groups_per_token}) "
                 f"limit the choice together; give both or neither"
             )
+        # At a rate of 0 nothing is centred, but a run that goes on to it keeps its other settings.
         if self.bias_centered and self.bias_update_rate is None:
             raise ValueError(
                 "bias_centered (True) has no effect while bias_update_rate is None; set a rate"
