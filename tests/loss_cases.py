@@ -116,6 +116,13 @@ def check_layers_stand_alone(loss: Loss) -> None:
     assert all(torch.equal(*pair) for pair in zip(forward, reversed(backward), strict=True))
 
 
+def check_repeats(loss: Loss) -> None:
+    """Twice the tokens, each of them twice, have the same loss: it does not grow with the batch."""
+    logits = randn(T, E, seed=6)
+    twice = value_of(loss, logits.repeat(2, 1), shape=(2, T))
+    assert_equals(twice, value_of(loss, logits))
+
+
 def check_float32(loss: Loss) -> None:
     """The same arithmetic under autocast."""
     logits = randn(T, E, seed=7)

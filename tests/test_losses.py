@@ -55,6 +55,10 @@ def test_loss_states_its_source_and_has_a_weight(name):
     assert module.Config(name=name, weight=0.5).weight == 0.5
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         module.Config(name=name, weight=-1)
+    # The model multiplies by the weight.
+    light, heavy = (module.Config(name=name, weight=weight) for weight in (0.5, 3))
+    routing, given = route(randn(T, E, seed=0), noisy=light.needs_noise), context(T)
+    assert torch.equal(module.loss(light, routing, given), module.loss(heavy, routing, given))
 
 
 def sound(routing, context):
@@ -84,6 +88,10 @@ def detached(routing, context):
 
 def prefers_an_expert(routing, context):
     return sound(routing, context) + routing.router_probs[:, 0].sum() * 0.1
+
+
+def sums_tokens(routing, context):
+    return sound(routing, context) * routing.num_tokens
 
 
 def in_autocast(routing, context):
@@ -116,6 +124,7 @@ PLANTED = {
     "is detached": (lambda: detached, {"number_with_gradient"}),
     "pools layers": (pooled, {"layers_stand_alone"}),
     "prefers an expert": (lambda: prefers_an_expert, {"order"}),
+    "sums over tokens": (lambda: sums_tokens, {"repeats"}),
     "rounds under autocast": (lambda: in_autocast, {"float32"}),
     "takes the log of 0": (lambda: endless_entropy, {"extremes"}),
 }

@@ -33,6 +33,7 @@ def test_router_states_source_and_causality_and_describes_its_settings(name):
     assert "ausal" in module.__doc__, "says whether it is causal"
     assert module.Config.__doc__ and issubclass(module.Router, RouterModule)
     assert hasattr(module.Config(name=name), "top_k")
+    assert set(module.Config.may_change) <= set(module.Config.model_fields)
 
 
 @pytest.mark.parametrize("name", NAMES)

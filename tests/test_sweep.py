@@ -255,7 +255,7 @@ def test_a_part_of_a_sweep_reports_its_whole_seeds(whole, tmp_path, capsys):
     assert report_of(out)["arms"]["top2"]["loss"] == report_of(whole)["arms"]["top2"]["loss"]
     # A report of two arms stands beside that of all.
     before = report_of(out)
-    assert sweep(out, "--report", "--arms", "top2, dense") == 0
+    assert sweep(out, "--report", "--arms", "top2, dense,") == 0
     assert report_of(out) == before
     some = json.loads((out / "report_of_some.json").read_text())
     assert list(some["arms"]) == ["top2", "dense"]

@@ -90,6 +90,8 @@ def test_an_arm_that_is_the_baseline_is_refused(tmp_path):
     arms = {"a": {}, "same": {"model": {"num_layers": 2}}, "b": {"model": {"num_layers": 3}}}
     (line,) = problems(write(tmp_path, arms))
     assert line.startswith("arm same: its settings are those of the baseline (a), so every ")
+    (line,) = problems(write(tmp_path, arms | {"same": {"logging": {"every": 3}}}))
+    assert line.startswith("arm same: its settings are those of the baseline (a), so every ")
     (line,) = problems(write(tmp_path, arms), "model.num_layers=1", only=["a", "b"])
     assert line.startswith("arm b: its settings are those of the baseline (a), so every ")
 

@@ -56,7 +56,7 @@ def with_allowed_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -
         if theirs.get("name") != ours.get("name"):
             continue
         for name in load_variant("routers", ours["name"]).Config.may_change if ours else ():
-            if theirs.get(name) is not None and ours[name] is not None:
+            if None not in (theirs.get(name), ours.get(name)):
                 theirs[name] = ours[name]
     return allowed
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     def program() -> int:
         if options.seeds < 2:
             raise ConfigError(f"--seeds ({options.seeds}) must be at least 2 for an interval")
-        only = [name.strip() for name in options.arms.split(",")] if options.arms else ()
+        only = [name.strip() for name in (options.arms or "").split(",") if name.strip()]
         sweep = load_sweep(options.config, overrides, only)
         if options.print_config:
             for name, config in sweep.arms.items():

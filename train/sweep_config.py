@@ -34,6 +34,8 @@ from train.errors import ConfigError
 
 # Of a run; the pairing of arms would be a lie if they differed.
 _SAME = {"seed", "output_dir", "data", "tokenizer", "evaluation"}
+# The sections in which arms differ; the others change no number.
+_DECIDES = {"model", "optimizer", "schedule", "training"}
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -85,7 +87,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), only: Sequence[s
             model = model.model_copy(update={"moe": dense_equivalent(routed).moe})
             arms[name] = arms[name].model_copy(update={"model": model})
     chosen = _chosen(arms, baseline, only)
-    same = [name for name in chosen if name != baseline and chosen[name] == chosen[baseline]]
+    numbers = {name: config.model_dump(include=_DECIDES) for name, config in chosen.items()}
+    same = [name for name in chosen if name != baseline and numbers[name] == numbers[baseline]]
     if same:
         raise ConfigError(
             f"arm {same[0]}: its settings are those of the baseline ({baseline}), so every "
