@@ -283,6 +283,7 @@ def check(changes: dict[str, Any], found: dict[str, Any], rounding: int = 1) -> 
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-2)
         for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
             assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=0.05)
+        check_float32_routers(found["weights"])
         return
     sgd = changes["optimizer"] == "sgd"
     for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
@@ -304,6 +305,16 @@ def check(changes: dict[str, Any], found: dict[str, Any], rounding: int = 1) -> 
     assert_close(found["moments"], expected["moments"], rounding * 1e-6)
     if sgd:
         assert_close(found["weights"], expected["weights"], rounding * 1e-6)
+
+
+def check_float32_routers(weights: dict[str, Tensor]) -> None:
+    """Routers and their biases stay in float32 where the model is in bfloat16."""
+    routers = {name: value for name, value in weights.items() if ".router." in name}
+    assert {value.dtype for value in routers.values()} == {torch.float32}
+    rate = EVERYTHING["model.moe.router"]["bias_update_rate"]
+    moves = torch.cat([bias for name, bias in routers.items() if "bias" in name]) / rate
+    # bfloat16 holds no 0.02: it would be a thousandth off.
+    assert moves.abs().sum() > 0 and (moves - moves.round()).abs().max() < 1e-5
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
