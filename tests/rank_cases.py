@@ -7,6 +7,7 @@ killed, with the stacks of its processes in the message.
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -124,8 +125,10 @@ def run_ranks(
                     for rank, process in enumerate(processes)
                     if process.exitcode is not None and rank not in answers and results.empty()
                 ]
-                assert not dead, f"ranks {dead} died: {_read(logs)}"
-                assert time.monotonic() < end, f"not done after {seconds} s: {_read(logs)}"
+                codes = [processes[rank].exitcode for rank in dead]
+                assert not dead, f"ranks {dead} died ({codes}): {_read(logs)}"
+                if time.monotonic() > end:
+                    raise AssertionError(f"not done after {seconds} s: {_stacks(processes, logs)}")
                 time.sleep(0.01)
         finally:
             for process in processes:
@@ -133,6 +136,15 @@ def run_ranks(
                 process.kill()
                 process.join()
     return [answers[rank] for rank in range(world_size)]
+
+
+def _stacks(processes: list[Any], logs: str) -> str:
+    """What the ranks have written, and where each of them is."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1)
+    return _read(logs)
 
 
 def _read(logs: str) -> str:
@@ -149,7 +161,8 @@ def _child(rank, world_size, device, port, logs, results, work, args) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
-    faulthandler.dump_traceback_later(45, repeat=True, file=log)
+    # Not by the clock: a dump beside code that runs can crash the process.
+    faulthandler.register(signal.SIGUSR1, file=log)
     os.environ.update(rank_environment(rank, world_size, port))
     try:
         from train.expert_parallel import connect

@@ -40,8 +40,7 @@ def describe(analysis: dict[str, Any]) -> str:
     tokens = sum(analysis["tokens"].values())
     head = (
         f"{analysis['run']}, step {analysis['step']}: {tokens:,} tokens of held-out text, "
-        f"{format_layers(map(_experts, analysis['layers']))}, "
-        f"{format_layers(map(_chosen, analysis['layers']))}, loss {analysis['loss']['mean']:.4f} "
+        f"{_experts(analysis['layers'])}, loss {analysis['loss']['mean']:.4f} "
         f"nats/token (mean over {len(analysis['domains'])} domains)"
     )
     rows = [["layer", "MaxVio", "effective", "dead", "domain info", "shuffled", "repeat rate"]]
@@ -74,14 +73,15 @@ def describe(analysis: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _experts(row: dict[str, Any]) -> str:
-    """What a layer chooses among: `8 experts`, and how many of them cost nothing."""
-    costless = row["zero_computation"]
+def _experts(layers: list[dict[str, Any]]) -> str:
+    """What each layer chooses among, and how many a token has: `8 experts, top-2`."""
+    # The same in all layers.
+    costless = layers[0]["zero_computation"]
     free = f" ({len(costless)} of them {', '.join(dict.fromkeys(costless))})" if costless else ""
-    return f"{row['num_experts']} experts{free}"
-
-
-def _chosen(row: dict[str, Any]) -> str:
-    """How many a token has: `top-2`, or the mean where their number varies."""
-    mean, most = row["choices_per_token"], row["top_k"]
-    return f"top-{most}" if mean == most else f"{mean:.2f} a token"
+    pairs = [(row["choices_per_token"], row["top_k"]) for row in layers]
+    chosen = format_layers(top_k if mean == top_k else f"{mean:.2f}" for mean, top_k in pairs)
+    fixed = all(mean == top_k for mean, top_k in pairs)
+    return (
+        f"{format_layers(row['num_experts'] for row in layers)} experts{free}, "
+        f"{f'top-{chosen}' if fixed else f'{chosen} a token'}"
+    )
