@@ -160,7 +160,8 @@ def refuse_constant_weight(top_k: int | None, normalize: bool, setting: str = "t
 
 
 class ChoosingRouter(LinearRouter):
-    """A router that chooses by `choose`, and weighs by its config's scores at these experts."""
+    """A router that chooses by `choose`, and weighs by scores at these experts: its Config has
+    `score` and `normalize`, as settings or as constants."""
 
     replays = True
 

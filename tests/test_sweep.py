@@ -20,6 +20,7 @@ from training_cases import ROOT, Recorder, base_settings, send, settings, work_d
 import train.loop
 from train.run_directory import RunLock
 from train.sweep import main
+from train.sweep_report import render_sweep
 
 CHANGES = {
     "training.steps": 4,
@@ -309,6 +310,20 @@ def test_one_seed_is_refused(tmp_path, capsys):
     assert sweep(tmp_path / "out", seeds=1) == 2
     assert "--seeds (1) must be at least 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_nobody_can_know_before_is_said_to_be_a_bound(whole, tmp_path, capsys):
+    arms = {"top2": {}, "varying": {"model": {"moe": {"router": {"name": "top_p"}}}}}
+    assert sweep(tmp_path / "out", "--dry-run", arms=arms) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["varying"].count("at most") == 2 and "at most" not in lines["top2"]
+    report = report_of(whole)
+    assert "at most" not in render_sweep(report)
+    report["arms"]["top2"]["is_upper_bound"] = True
+    rows = [line for line in render_sweep(report).splitlines() if "at most" in line]
+    # K; active parameters and FLOPs.
+    assert [row.count("at most") for row in rows] == [1, 2]
+    assert all(row.startswith("| top2 |") for row in rows)
 
 
 def test_a_dry_run_shows_each_arm_and_trains_nothing(tmp_path, capsys):

@@ -51,6 +51,11 @@ class Plan(NamedTuple):
     routes_bytes: int = 0
 
     @property
+    def at_most(self) -> str:
+        """What stands before active parameters and FLOPs."""
+        return "at most " if self.is_upper_bound else ""
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of weights, gradients and moments: however large the batch is."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
@@ -207,7 +212,7 @@ def describe_plan(plan: Plan) -> str:
     """A table for a person."""
     parameters = plan.parameters
     each = "" if plan.ranks is None else " of a rank"
-    most, least = ("at most ", "at least ") if plan.is_upper_bound else ("", "")
+    most, least = plan.at_most, "at least " if plan.is_upper_bound else ""
     rows = [
         ("parameters, total", format_count(parameters.total)),
         ("parameters, active a token", most + format_count(parameters.active)),

@@ -30,7 +30,7 @@ from train.engine import build_engine
 from train.errors import ConfigError, NonFiniteError
 from train.loop import Loop, Position, StopRequest
 from train.metrics_writer import write_sweep_run
-from train.plan import Plan, describe_plan, format_count, make_plan
+from train.plan import describe_plan, format_count, make_plan
 from train.program import guarded
 from train.random_state import seed_all
 from train.run_directory import RunLock, make_directory, replace_file, storage_errors
@@ -89,17 +89,13 @@ def describe_sweep(sweep: Sweep, num_seeds: int) -> str:
         for name, config in sweep.arms.items()
     }
     flops = plans[sweep.baseline].flops_per_token
-
-    def most(plan: Plan) -> str:
-        return "at most " if plan.is_upper_bound else ""
-
     rows = [("arm", "parameters", "active", "FLOPs a token", f"against {sweep.baseline}")]
     rows += [
         (
             name,
             format_count(plan.parameters.total),
-            most(plan) + format_count(plan.parameters.active),
-            most(plan) + format_count(plan.flops_per_token),
+            plan.at_most + format_count(plan.parameters.active),
+            plan.at_most + format_count(plan.flops_per_token),
             f"{plan.flops_per_token / flops - 1:+.2%}",
         )
         for name, plan in plans.items()
