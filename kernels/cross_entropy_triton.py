@@ -145,6 +145,9 @@ def linear_cross_entropy_op(
     losses = x.new_empty(2, num_rows, dtype=torch.float32)
     stride = triton.cdiv(num_classes, ROW_MULTIPLE) * ROW_MULTIPLE
     buffer = xs.new_empty(min(rows_per_chunk, num_rows), stride)
+    # A library may read the padding of a factor's rows and multiply it by 0, as oneDNN does where
+    # the chip has AMX: it must be finite.
+    buffer[:, num_classes:] = 0
     grad_weight.zero_()
     options = ignore_index, z_loss_weight, wants_x or wants_weight
     for first in range(0, num_rows, rows_per_chunk):

@@ -7,6 +7,7 @@ Rows behind the last offset are unused: never read, and 0 in the output.
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,25 +26,48 @@ from kernels.matmul import goes_to_onednn, matmul
 
 # Rows that an expert's matmul is padded to a multiple of, where that pays.
 PADDED_ROWS = 32
+# A batched matmul has at most so many rows, from which on a single one keeps the cores as busy;
+# and its padding adds at most this share of its rows.
+MAX_BATCH_ROWS = 1 << 15
+MAX_PADDING = 1 / 8
 
 
-class Span(NamedTuple):
-    """Rows `first` to `end` of one expert; rows from `end` to `stop` are padding."""
+class Batch(NamedTuple):
+    """Neighbouring experts that share a batched matmul; one alone, a plain one.
+
+    expert: the first of them. first: its first row. size: rows of each, padding included. used:
+    those of each that are no padding.
+    """
 
     expert: int
     first: int
-    end: int
-    stop: int
+    size: int
+    used: list[int]
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.size * len(self.used)
+
+    def of(self, stack: Tensor) -> Tensor:
+        """View of the experts' matrices in a stack (E, N, K): (B, N, K), or (N, K) of one alone."""
+        if len(self.used) == 1:
+            return stack[self.expert]
+        return stack[self.expert : self.expert + len(self.used)]
+
+    def rows(self, buffer: Tensor, start: int = 0) -> Tensor:
+        """View (B, size, D), or (size, D), of a buffer (R, D) that begins with row `start`."""
+        rows = buffer[self.first - start : self.stop - start]
+        return rows if len(self.used) == 1 else rows.view(len(self.used), self.size, -1)
 
 
 class RowLayout(NamedTuple):
     """Where the rows of a plan lie in the buffers of a matmul.
 
-    spans: of every expert that has rows, in their order. num_rows: of a buffer. position: (R,)
+    batches: of every expert that has rows, in their order. num_rows: of a buffer. position: (R,)
     buffer row of each row, or None where both are the same; unused rows have none.
     """
 
-    spans: list[Span]
+    batches: list[Batch]
     num_rows: int
     position: Tensor | None
 
@@ -65,19 +89,49 @@ def layout_rows(expert_offsets: Tensor, num_rows: int, x: Tensor) -> RowLayout:
     """Lay out `num_rows` rows for matmuls of x so that each expert begins at a multiple of
     `row_quantum`."""
     offsets = expert_offsets.tolist()
-    quantum = row_quantum(num_rows, len(offsets) - 1, x)
-    spans, start = [], 0
-    for e, (first, end) in enumerate(itertools.pairwise(offsets)):
-        if end > first:
-            stop = start + -(-(end - first) // quantum) * quantum
-            spans.append(Span(e, start, start + end - first, stop))
-            start = stop
-    if quantum == 1 or not spans:
-        return RowLayout(spans, num_rows, None)
-    shifts = torch.tensor([span.first - offsets[span.expert] for span in spans], dtype=torch.long)
-    sizes = torch.tensor([span.end - span.first for span in spans], dtype=torch.long)
-    position = torch.arange(offsets[-1]) + shifts.repeat_interleave(sizes)
-    return RowLayout(spans, start, position.to(expert_offsets.device))
+    used = [end - first for first, end in itertools.pairwise(offsets)]
+    quantum = row_quantum(num_rows, len(used), x)
+    batches, start = [], 0
+    for expert, members in _batches(used, 0, quantum, alone=quantum == 1 or goes_to_onednn(x)):
+        batches.append(Batch(expert, start, _round_up(max(members), quantum), members))
+        start = batches[-1].stop
+    if quantum == 1 or not batches:
+        return RowLayout(batches, num_rows, None)
+    shifts = [
+        batch.first + i * batch.size - offsets[batch.expert + i]
+        for batch in batches
+        for i in range(len(batch.used))
+    ]
+    sizes = [n for batch in batches for n in batch.used]
+    position = torch.arange(offsets[-1])
+    position += torch.tensor(shifts).repeat_interleave(torch.tensor(sizes))
+    return RowLayout(batches, start, position.to(expert_offsets.device))
+
+
+def _round_up(rows: int, quantum: int) -> int:
+    return -(-rows // quantum) * quantum
+
+
+def _batches(
+    used: list[int], expert: int, quantum: int, *, alone: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Halve the experts until each part is worth one batched matmul: (first expert, rows of each).
+
+    Halves, and not the longest runs that fit, so that the numbers of experts repeat.
+    """
+    if len(used) == 1:
+        if used[0] > 0:
+            yield expert, used
+        return
+    rows = _round_up(max(used), quantum) * len(used)
+    apart = sum(_round_up(n, quantum) for n in used)
+    fits = min(used) > 0 and rows <= min(MAX_BATCH_ROWS, apart * (1 + MAX_PADDING))
+    if fits and not alone:
+        yield expert, used
+    elif used:
+        half = len(used) // 2
+        yield from _batches(used[:half], expert, quantum, alone=alone)
+        yield from _batches(used[half:], expert + half, quantum, alone=alone)
 
 
 def place_rows(rows: Tensor, layout: RowLayout) -> Tensor:
@@ -102,7 +156,7 @@ def take_rows(placed: Tensor, layout: RowLayout, num_rows: int) -> Tensor:
 
 def rows_in_use(layout: RowLayout) -> int:
     """Number of rows that belong to an expert."""
-    return sum(span.end - span.first for span in layout.spans)
+    return sum(sum(batch.used) for batch in layout.batches)
 
 
 def zero_idle_experts(layout: RowLayout, *buffers: Tensor) -> None:
@@ -110,7 +164,7 @@ def zero_idle_experts(layout: RowLayout, *buffers: Tensor) -> None:
 
     The busy ones are written whole; filling all of a large stack first costs a quarter of a layer.
     """
-    busy = {span.expert for span in layout.spans}
+    busy = {batch.expert + i for batch in layout.batches for i in range(len(batch.used))}
     for buffer in buffers:
         for e in range(buffer.shape[0]):
             if e not in busy:
@@ -126,8 +180,8 @@ class _GroupedMatmul(torch.autograd.Function):
         layout = layout_rows(expert_offsets, rows.shape[0], rows)
         x, w = place_rows(rows, layout), weight.to(dtype)
         out = x.new_empty(x.shape[0], weight.shape[1])
-        for e, first, _, stop in layout.spans:
-            matmul(x[first:stop], w[e].T, out=out[first:stop])
+        for batch in layout.batches:
+            matmul(batch.rows(x), batch.of(w).mT, out=batch.rows(out))
         ctx.save_for_backward(x, w)
         ctx.layout, ctx.num_rows, ctx.dtypes = layout, rows.shape[0], (rows_dtype, weight.dtype)
         return take_rows(out, layout, rows.shape[0])
@@ -144,12 +198,12 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(w, dtype=weight_dtype)
             zero_idle_experts(ctx.layout, grad_weight)
-        for e, first, _, stop in ctx.layout.spans:
-            g = grad_out[first:stop]
+        for batch in ctx.layout.batches:
+            g = batch.rows(grad_out)
             if grad_rows is not None:
-                matmul(g, w[e], out=grad_rows[first:stop])
+                matmul(g, batch.of(w), out=batch.rows(grad_rows))
             if grad_weight is not None:
-                matmul(g.T, x[first:stop], out=grad_weight[e])
+                matmul(g.mT, batch.rows(x), out=batch.of(grad_weight))
         if grad_rows is not None:
             grad_rows = take_rows(grad_rows, ctx.layout, ctx.num_rows).to(rows_dtype)
         return grad_rows, grad_weight, None, None

@@ -21,6 +21,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What Triton's matrix units multiply here.
 MATMUL_DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Devices that have autocast. Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = tuple(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
 
 
 def interpreting() -> bool:
@@ -64,7 +68,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     As in PyTorch's own autocast, float64 stays float64.
     """
     narrows = x.is_floating_point() and x.dtype != torch.float64
-    narrows = narrows and torch.amp.is_autocast_available(x.device.type)
+    narrows = narrows and x.device.type in _AUTOCAST_DEVICES
     if narrows and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -72,7 +76,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which autocast leaves `x`'s device alone: kernels choose dtypes themselves."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    if x.device.type not in _AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device_type=x.device.type, enabled=False)
 

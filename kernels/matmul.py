@@ -1,13 +1,15 @@
 """Plain matrix products and the linear layer, on a CPU by the faster library.
 
 PyTorch leaves float32 products on x86 to MKL, which does not use AVX-512 on chips other than
-Intel's, and gives only narrower dtypes to oneDNN, which does. Here float32 goes to oneDNN too,
-where a product is large enough to pay for the call: half the time on an AMD EPYC. Each new shape is
-compiled at its first use (see `kernels.grouped_matmul.row_quantum`).
+Intel's, and gives only narrower dtypes to oneDNN, which does. Here float32 on such chips goes to
+oneDNN too, where a product is large enough to pay for the call: half the time on an AMD EPYC. On
+Intel's own, MKL is the faster one. Each new shape is compiled by oneDNN at its first use (see
+`kernels.grouped_matmul.row_quantum`).
 """
 
 import math
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,22 @@ MIN_MULTIPLICATIONS = 1 << 22
 MIN_GRADIENT_SIZE = 256
 
 
-@cache
-def has_fast_float32() -> bool:
-    """Whether float32 products on this CPU go to oneDNN."""
+def can_use_onednn() -> bool:
+    """Whether oneDNN could multiply float32 here, with AVX-512."""
     capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     # An operator that PyTorch keeps for its compiler; without it, products stay with MKL.
     present = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return capable and present and torch.backends.mkldnn.is_available()
+
+
+@cache
+def has_fast_float32() -> bool:
+    """Whether float32 products on this CPU go to oneDNN."""
+    try:
+        intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system, or hidden: as PyTorch has it
+        return False
+    return can_use_onednn() and not intel
 
 
 def goes_to_onednn(x: Tensor) -> bool:
@@ -46,10 +57,13 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.mm` of a (M, K) and b (K, N), without gradients; float32 as this file says.
 
-    out: (M, N), of any dtype.
+    Or `torch.bmm` of (B, M, K) and (B, K, N), which two threads share better than B products.
+    out: (M, N) or (B, M, N), of any dtype.
     """
     if out is not None and out.dtype != a.dtype:
         return out.copy_(matmul(a, b))
+    if a.dim() == 3:
+        return torch.bmm(a, b, out=out)
     rows, columns = a.shape[0], b.shape[1]
     transposed = a.stride(1) != 1
     if (
@@ -61,6 +75,13 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     # The first factor is copied unless its rows are contiguous: then rather the smaller one.
     product = _onednn(b.T, a).T if transposed and columns < rows else _onednn(a, b.T)
     return product if out is None else out.copy_(product)
+
+
+def add_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b, of shapes and matrices as in `matmul`, all of one dtype."""
+    if a.dim() == 3:
+        return out.baddbmm_(a, b)
+    return out.add_(matmul(a, b)) if goes_to_onednn(a) else out.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):

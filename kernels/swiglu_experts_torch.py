@@ -1,9 +1,10 @@
 """The fused expert layer in plain PyTorch: what `kernels.swiglu_experts` runs on a CPU.
 
-One matmul an expert over its rows, which lie together; what is done element by element runs over
-neighbouring experts at once, in pieces that fit a core's cache.
+One matmul an expert over its rows, which lie together, or a batched one of neighbours that have
+about as many; what is done element by element runs over neighbouring experts at once.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
 from kernels.grouped_matmul import (
+    Batch,
     RowLayout,
-    Span,
     layout_rows,
     place_rows,
     rows_in_use,
@@ -21,11 +22,12 @@ from kernels.grouped_matmul import (
     zero_idle_experts,
 )
 from kernels.launch import first_derivative_only
-from kernels.matmul import matmul
+from kernels.matmul import add_matmul, matmul
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
 NARROW = 256
-# Elements of the (rows, F) temporaries of one pass over neighbouring experts.
+# Elements of the (rows, F) temporaries of neighbouring experts that are done together, where one
+# batch has not more by itself.
 GROUP_ELEMENTS = 1 << 19
 
 
@@ -54,10 +56,10 @@ class _Kept(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows (R, D), or those to be gathered: row r is source[token[r]]; padding is zero.
+    """Rows (R, D), or those to be gathered: row r is source[token[r]].
 
-    A gathered group goes into its matmuls while it is in a core's cache; all rows at once would go
-    through memory.
+    A gathered group goes into its matmuls while it is in a cache; all rows at once would go through
+    memory.
     """
 
     source: Tensor
@@ -66,10 +68,7 @@ class _Rows(NamedTuple):
     def of(self, group: "_Group") -> Tensor:
         if self.token is None:
             return self.source[group.rows]
-        rows = self.source.index_select(0, self.token[group.rows])
-        for first, stop in group.padding:
-            rows[first:stop] = 0
-        return rows
+        return self.source.index_select(0, self.token[group.rows])
 
 
 class _Weights(NamedTuple):
@@ -93,66 +92,55 @@ def _cast_weights(w1: Tensor, w2: Tensor, w3: Tensor, dtype: torch.dtype) -> _We
 
 
 class _Group(NamedTuple):
-    """Neighbouring experts whose (rows, F) temporaries share one pass and fit a core's cache."""
+    """Neighbouring experts whose rows are done together."""
 
     rows: slice
-    experts: list[int]
-    sizes: list[int]  # rows of each
-    padding: list[tuple[int, int]]  # of each, counted from the group's first row
+    batches: list[Batch]
+
+    def of_batches(self, a: Tensor, b: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Each batch, and its views of two buffers of the group's rows."""
+        start = self.rows.start
+        for batch in self.batches:
+            yield batch, batch.rows(a, start), batch.rows(b, start)
 
 
-def _groups(spans: list[Span], inner: int) -> list[_Group]:
-    together: list[list[Span]] = []
-    for span in spans:
-        if together and (span.stop - together[-1][0].first) * inner <= GROUP_ELEMENTS:
-            together[-1].append(span)
+def _groups(batches: list[Batch], inner: int) -> list[_Group]:
+    together: list[list[Batch]] = []
+    for batch in batches:
+        if together and (batch.stop - together[-1][0].first) * inner <= GROUP_ELEMENTS:
+            together[-1].append(batch)
         else:
-            together.append([span])
-    return [
-        _Group(
-            slice(start := group[0].first, group[-1].stop),
-            [span.expert for span in group],
-            [span.stop - span.first for span in group],
-            [(span.end - start, span.stop - start) for span in group if span.end < span.stop],
-        )
-        for group in together
-    ]
+            together.append([batch])
+    return [_Group(slice(group[0].first, group[-1].stop), group) for group in together]
 
 
 def _multiply(
-    group: _Group, rows: Tensor, matrices: tuple[Tensor, ...], out: Tensor, *, add: bool = False
+    group: _Group, rows: Tensor, stack: Tensor, out: Tensor, *, add: bool = False
 ) -> None:
     """out = rows @ the matrix of their expert, or out += that; rows and out are of the group."""
-    parts = zip(group.experts, rows.split(group.sizes), out.split(group.sizes), strict=True)
-    for e, part, result in parts:
+    for batch, part, result in group.of_batches(rows, out):
         if add:
-            result += matmul(part, matrices[e])
+            add_matmul(result, part, batch.of(stack))
         else:
-            matmul(part, matrices[e], out=result)
+            matmul(part, batch.of(stack), out=result)
 
 
 def _weight_grads(group: _Group, grad: Tensor, rows: Tensor, stacks: tuple[Tensor, ...]) -> None:
     """Write grad^T @ rows of each expert of the group to its slice of the stacks, which share the
     columns of grad."""
-    parts = zip(group.experts, grad.split(group.sizes), rows.split(group.sizes), strict=True)
-    for e, g, x in parts:
+    for batch, g, x in group.of_batches(grad, rows):
         if len(stacks) == 1:
-            matmul(g.T, x, out=stacks[0][e])
+            matmul(g.mT, x, out=batch.of(stacks[0]))
         else:
-            product = matmul(g.T, x).chunk(len(stacks))
+            product = matmul(g.mT, x).chunk(len(stacks), -2)
             for stack, grad_w in zip(stacks, product, strict=True):
-                stack[e] = grad_w
+                batch.of(stack).copy_(grad_w)
 
 
-def _transposed(stacks: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The transposed matrices of each stack."""
-    return [stack.transpose(1, 2).unbind(0) for stack in stacks]
-
-
-def _up_projection(x: Tensor, stacks: list[tuple[Tensor, ...]], group: _Group, h: Tensor) -> None:
-    """Fill H of the group: gate and up (2, n, F) of two matrices, or both (1, n, 2F) of a stack."""
-    for part, matrices in zip(h, stacks, strict=True):
-        _multiply(group, x, matrices, part)
+def _up_projection(x: Tensor, stacks: list[Tensor], group: _Group, h: Tensor) -> None:
+    """Fill H of the group: gate and up (2, n, F) of two stacks, or both (1, n, 2F) of one."""
+    for part, stack in zip(h, stacks, strict=True):
+        _multiply(group, x, stack.mT, part)
 
 
 def _gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +152,26 @@ def _gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
 def clamped(gate: Tensor, up: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
     """min(gate, clamp) and clip(up, -clamp, clamp), of equal shapes; None for no clamp."""
     return (gate, up) if clamp is None else (gate.clamp(max=clamp), up.clamp(-clamp, clamp))
+
+
+def _activate(h: Tensor, clamp: float | None) -> Tensor:
+    """A = silu(gate) * up (n, F), from H of a group."""
+    gate, up = clamped(*_gate_and_up(h), clamp)
+    return F.silu(gate) * up
+
+
+def _activate_backward(h: Tensor, grad_a: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
+    """A (n, F) anew, and the gradient of H, laid out as H, from that of A."""
+    grad_h = torch.empty_like(h)
+    (raw_gate, raw_up), (grad_gate, grad_up) = _gate_and_up(h), _gate_and_up(grad_h)
+    gate, up = clamped(raw_gate, raw_up, clamp)
+    activated = F.silu(gate)
+    torch.mul(activated, grad_a, out=grad_up)
+    torch.ops.aten.silu_backward(grad_a * up, gate, grad_input=grad_gate)
+    if clamp is not None:
+        grad_gate.masked_fill_(raw_gate > clamp, 0)
+        grad_up.masked_fill_(raw_up.abs() > clamp, 0)
+    return activated * up, grad_h
 
 
 def _empty_h(weights: _Weights, num_rows: int, like: Tensor) -> Tensor:
@@ -178,13 +186,11 @@ def _forward_rows(
     if options.save != "x":
         h = _empty_h(weights, layout.num_rows, x_rows.source)
     y = x_rows.source.new_empty(layout.num_rows, x_rows.source.shape[1])
-    up_matrices, (down,) = _transposed(weights.up), _transposed([weights.down])
-    for group in _groups(layout.spans, weights.down.shape[2]):
+    for group in _groups(layout.batches, weights.down.shape[2]):
         rows = group.rows
         part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
-        _up_projection(x_rows.of(group), up_matrices, group, part)
-        gate, up = clamped(*_gate_and_up(part), options.clamp)
-        _multiply(group, F.silu(gate).mul_(up), down, y[rows])
+        _up_projection(x_rows.of(group), weights.up, group, part)
+        _multiply(group, _activate(part, options.clamp), weights.down.mT, y[rows])
     return y, h
 
 
@@ -216,29 +222,24 @@ def _backward_rows(
         for needed in (needs.w1, needs.w3)
     )
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
-    down, up_matrices = weights.down.unbind(0), [stack.unbind(0) for stack in weights.up]
-    up_transposed = _transposed(weights.up)
-    for group in _groups(layout.spans, inner):
-        rows = group.rows
+    for group in _groups(layout.batches, inner):
+        rows, num_rows = group.rows, group.rows.stop - group.rows.start
         x, g = x_rows.of(group), grad_y.of(group)
         if grad_scale is not None:
             assert kept.y is not None
             grad_scale[rows] = torch.sum(g * kept.y[rows], -1, dtype=wide)
         g = g * scale[rows]  # of y itself from here on
         if kept.h is None:
-            h = _empty_h(weights, rows.stop - rows.start, like)
-            _up_projection(x, up_transposed, group, h)
+            h = _empty_h(weights, num_rows, like)
+            _up_projection(x, weights.up, group, h)
         else:
             h = kept.h[:, rows]
-        gate, up = clamped(*_gate_and_up(h), options.clamp)
-        activated = F.silu(gate)
-        a = activated * up  # (n, F)
-        grad_a = torch.empty_like(a)
-        _multiply(group, g, down, grad_a)
-        grad_h = _swiglu_backward(grad_a, activated, gate, up, h, options.clamp)
+        grad_a = like.new_empty(num_rows, inner)
+        _multiply(group, g, weights.down, grad_a)
+        a, grad_h = _activate_backward(h, grad_a, options.clamp)
         if grad_x is not None:
-            for i, (part, matrices) in enumerate(zip(grad_h, up_matrices, strict=True)):
-                _multiply(group, part, matrices, grad_x[rows], add=i > 0)
+            for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
+                _multiply(group, part, stack, grad_x[rows], add=i > 0)
         if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
             _weight_grads(group, grad_h[0], x, (grad_w1, grad_w3))
         else:
@@ -248,21 +249,6 @@ def _backward_rows(
         if grad_w2 is not None:
             _weight_grads(group, g, a, (grad_w2,))
     return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
-
-
-def _swiglu_backward(
-    grad_a: Tensor, activated: Tensor, gate: Tensor, up: Tensor, h: Tensor, clamp: float | None
-) -> Tensor:
-    """Gradient of H, laid out as H, from that of a (n, F); `grad_a` is used up."""
-    grad_h = torch.empty_like(h)
-    grad_gate, grad_up = _gate_and_up(grad_h)
-    torch.mul(activated, grad_a, out=grad_up)
-    torch.ops.aten.silu_backward(grad_a.mul_(up), gate, grad_input=grad_gate)
-    if clamp is not None:
-        raw_gate, raw_up = _gate_and_up(h)
-        grad_gate.masked_fill_(raw_gate > clamp, 0)
-        grad_up.masked_fill_(raw_up.abs() > clamp, 0)
-    return grad_h
 
 
 class SwigluExpertsSorted(torch.autograd.Function):
@@ -358,11 +344,14 @@ class SwigluExperts(torch.autograd.Function):
 
 
 def _tokens(plan: DispatchPlan, layout: RowLayout) -> Tensor:
-    """(R,) each row's token, laid out for the matmuls; 0 in padding."""
+    """(R,) each row's token, laid out for the matmuls; in padding one that the expert has anyway,
+    so that what is not finite in a token reaches its own experts alone."""
     if layout.position is None:
         return plan.token_of_row
     used = layout.position.numel()
-    tokens = plan.token_of_row.new_zeros(layout.num_rows)
+    sizes = torch.tensor([batch.size for batch in layout.batches for _ in batch.used])
+    ends = torch.tensor([n for batch in layout.batches for n in batch.used]).cumsum(0)
+    tokens = plan.token_of_row[ends - 1].repeat_interleave(sizes)
     return tokens.index_copy_(0, layout.position, plan.token_of_row[:used])
 
 

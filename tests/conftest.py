@@ -79,16 +79,38 @@ def poisoned_memory():
 
 
 @pytest.fixture
-def always_onednn(monkeypatch):
-    """Float32 products go to oneDNN, and experts' rows are padded, however few there are."""
+def onednn(monkeypatch):
+    """Large float32 products go to oneDNN, also where MKL would be the faster one."""
     # Not before the interpreter is chosen, above.
+    from kernels import matmul
+
+    if not matmul.can_use_onednn():
+        pytest.skip("oneDNN does not multiply float32 on this CPU")
+    monkeypatch.setattr(matmul, "has_fast_float32", lambda: True)
+
+
+@pytest.fixture
+def always_onednn(onednn, monkeypatch):
+    """All float32 products go to oneDNN, and experts' rows are padded, however few there are."""
     from kernels import grouped_matmul, matmul
 
-    if not matmul.has_fast_float32():
-        pytest.skip("float32 products stay with PyTorch's choice on this CPU")
     monkeypatch.setattr(matmul, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(matmul, "MIN_GRADIENT_SIZE", 1)
     monkeypatch.setattr(grouped_matmul, "PADDED_ROWS", 4)
+
+
+@pytest.fixture
+def always_batched(monkeypatch):
+    """Experts that have rows share batched matmuls with their neighbours, in any dtype on a CPU,
+    however few and uneven their rows are."""
+    from kernels import grouped_matmul, matmul
+
+    def quantum(num_rows, num_experts, x):
+        return 4 if x.device.type == "cpu" else 1
+
+    monkeypatch.setattr(matmul, "has_fast_float32", lambda: False)
+    monkeypatch.setattr(grouped_matmul, "row_quantum", quantum)
+    monkeypatch.setattr(grouped_matmul, "MAX_PADDING", 100)
 
 
 @pytest.fixture

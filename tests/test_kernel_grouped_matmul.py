@@ -1,7 +1,10 @@
 """Does each row meet its own expert's matrix, and no other?"""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     NUM_TOKENS,
     ROUTINGS,
@@ -14,7 +17,15 @@ from conftest import (
 )
 
 from kernels.dispatch import plan_dispatch
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import (
+    MAX_BATCH_ROWS,
+    PADDED_ROWS,
+    grouped_matmul,
+    layout_rows,
+    place_rows,
+    rows_in_use,
+    take_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 D_IN, D_OUT = 17, 11
@@ -70,9 +81,47 @@ def test_more_columns_than_a_block(device, backend):
     check(device, backend, "dropped", 40, 150, 70)
 
 
+@pytest.mark.parametrize("way", ["always_onednn", "always_batched"])
 @pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "nothing assigned"])
-def test_padded_rows_and_onednn_equal_float64(device, always_onednn, case):
+def test_padded_rows_by_each_library_equal_float64(request, device, way, case):
+    request.getfixturevalue(way)
     check(device, "torch", case, 63)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
+def test_neighbours_with_about_as_many_rows_share_a_batch(num_experts):
+    generator = torch.Generator().manual_seed(num_experts)
+    alike = torch.randint(300, 330, (num_experts,), generator=generator)
+    uneven = torch.randint(0, 3000, (num_experts,), generator=generator)
+    idle = alike * (torch.rand(num_experts, generator=generator) < 0.7)
+    for counts in (alike, uneven, idle, torch.zeros_like(alike), alike * 60):
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        num_rows = int(offsets[-1]) + 5
+        layout = layout_rows(offsets, num_rows, torch.zeros(1, dtype=torch.bfloat16))
+        members = [(b.expert + i, n) for b in layout.batches for i, n in enumerate(b.used)]
+        assert members == [(e, n) for e, n in enumerate(counts.tolist()) if n]
+        assert rows_in_use(layout) == offsets[-1]
+        for batch, after in itertools.pairwise(layout.batches):
+            assert batch.stop == after.first
+        for batch in layout.batches:
+            assert batch.size >= max(batch.used) and batch.size % PADDED_ROWS == 0
+            if len(batch.used) > 1:
+                assert batch.size * len(batch.used) <= MAX_BATCH_ROWS
+                assert batch.size * len(batch.used) <= 9 / 8 * sum(n + 31 for n in batch.used)
+        if counts is alike:
+            assert len(layout.batches) == 1
+        if layout.position is not None:
+            # Each row once, in order, within its expert's own part.
+            assert (layout.position.diff() >= 1).all() and layout.position.max() < layout.num_rows
+            rows = torch.arange(num_rows)
+            placed = place_rows(rows, layout)
+            for batch in layout.batches:
+                for i, n in enumerate(batch.used):
+                    mine = rows[offsets[batch.expert + i] :][:n]
+                    start = batch.first + i * batch.size
+                    assert torch.equal(placed[start : start + n], mine)
+                    assert (placed[start + n : start + batch.size] == 0).all()
+            assert torch.equal(take_rows(placed, layout, num_rows)[:-5], rows[:-5])
 
 
 def test_gradcheck():

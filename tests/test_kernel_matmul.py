@@ -3,15 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals, gradients, leaves, randn
+from conftest import assert_bfloat16, assert_equals, gradients, leaves, randn
 
 from kernels import matmul as matmul_file
 from kernels.grouped_matmul import PADDED_ROWS, row_quantum
-from kernels.matmul import goes_to_onednn, has_fast_float32, linear, matmul
-
-needs_onednn = pytest.mark.skipif(
-    not has_fast_float32(), reason="float32 products stay with PyTorch's choice on this CPU"
+from kernels.matmul import (
+    add_matmul,
+    goes_to_onednn,
+    has_fast_float32,
+    linear,
+    matmul,
 )
+
 # Around the number of multiplications and the size of a gradient from which oneDNN is asked.
 SIZES = [(1, 1, 1), (3, 5, 7), (64, 128, 256), (130, 300, 257), (512, 256, 128), (2048, 16, 256)]
 
@@ -71,6 +74,48 @@ def test_linear_and_its_gradients_equal_float64(request, always, shape):
         assert_equals(actual, expected)
 
 
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("batch", [(), (1,), (5,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_in_pairs_are_multiplied_and_added(request, by_onednn, batch, dtype):
+    if by_onednn:
+        request.getfixturevalue("always_onednn")
+    sizes = ((9, 7), (7, 6), (9, 6))
+    a, b, c = (randn(*batch, *size, seed=i).to(dtype) for i, size in enumerate(sizes))
+    exact = a.double() @ b.double()
+    wide = torch.full((*batch, 9, 6), torch.nan)
+    for transposed in (a, a.mT.contiguous().mT):
+        product = matmul(transposed, b)
+        total = add_matmul(c.clone(), transposed, b)
+        matmul(transposed, b, out=wide)
+        assert product.dtype == total.dtype == dtype
+        if dtype == torch.float32:
+            assert_equals(product, exact)
+            assert_equals(wide, exact)
+            assert_equals(total, exact + c.double())
+        else:
+            assert_bfloat16(product, a @ b, exact)
+            assert torch.equal(wide, product.float())
+            assert_bfloat16(total, c + a @ b, exact + c.double())
+
+
+def test_float32_stays_with_mkl_on_intel_and_where_the_chip_is_not_known(monkeypatch):
+    monkeypatch.setattr(matmul_file, "can_use_onednn", lambda: True)
+    for text, expected in (
+        ("vendor_id: GenuineIntel", False),
+        ("AuthenticAMD", True),
+        (None, False),
+    ):
+
+        def read(path, text=text):
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+
+        monkeypatch.setattr(matmul_file.Path, "read_text", read)
+        assert has_fast_float32.__wrapped__() is expected
+
+
 def test_linear_takes_one_vector_and_a_frozen_weight(always_onednn):
     x, weight = leaves(randn(128, seed=1))[0], randn(256, 128, seed=2)
     y = linear(x, weight)
@@ -79,8 +124,7 @@ def test_linear_takes_one_vector_and_a_frozen_weight(always_onednn):
     assert_equals(grad, weight.double().sum(0))
 
 
-@needs_onednn
-def test_only_large_float32_products_go_to_onednn(products):
+def test_only_large_float32_products_go_to_onednn(onednn, products):
     large, weight = randn(512, 256, seed=1), randn(128, 256, seed=2)
     matmul(large, weight.T)
     assert products == [((512, 256), (128, 256))]
@@ -108,8 +152,7 @@ def test_without_the_operator_products_stay_with_pytorch(products, monkeypatch):
     assert products == []
 
 
-@needs_onednn
-def test_rows_are_padded_where_shapes_are_compiled_and_would_not_repeat():
+def test_rows_are_padded_where_shapes_are_compiled_and_would_not_repeat(onednn):
     x = torch.zeros(1)
     assert row_quantum(4 * PADDED_ROWS, 4, x) == PADDED_ROWS
     assert row_quantum(4 * PADDED_ROWS, 4, x.bfloat16()) == PADDED_ROWS

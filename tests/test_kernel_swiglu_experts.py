@@ -100,8 +100,26 @@ def test_clamp_and_save_modes_equal_float64(device, case, save, clamp):
 
 @pytest.mark.parametrize("case", ["random", "dropped", "idle experts", "nothing assigned"])
 @pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
-def test_padded_rows_and_onednn_equal_float64(device, always_onednn, case, width):
+@pytest.mark.parametrize("way", ["always_onednn", "always_batched"])
+def test_padded_rows_by_each_library_equal_float64(request, device, way, case, width):
+    request.getfixturevalue(way)
     check(device, "torch", case, 63, 0.5, width=width)
+
+
+def test_what_is_not_finite_stays_with_its_own_experts(always_batched):
+    """Padding has a token too, and a batch several experts."""
+    indices, plan, tensors = inputs("random", 63, "cpu")
+    for poisoned in (0, 62):
+        ours_in = leaves(*tensors)
+        with torch.no_grad():
+            ours_in[0][poisoned] = torch.nan
+        out = swiglu_experts(*ours_in[:4], plan, ours_in[4])
+        assert out.isfinite().all(1).tolist() == [t != poisoned for t in range(63)]
+        grads = gradients(out, torch.ones_like(out), *ours_in)
+        hit = set(indices[poisoned].tolist())
+        for name, grad in zip(NAMES[1:4], grads[1:4], strict=True):
+            finite = grad.flatten(1).isfinite().all(1).tolist()
+            assert finite == [e not in hit for e in range(len(grad))], name
 
 
 @pytest.mark.parametrize(("save", "clamp"), [("x", 0.5), ("xh", 0.5), ("xha", None)])

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_cases import checkpoint, make_config, make_engine, micro_batches, run
 
 import train.plan
+from kernels import grouped_matmul
 from train.config import RunConfig
 from train.engine import PlainEngine
 from train.errors import OutOfMemoryError
@@ -150,7 +151,7 @@ def test_activations_are_what_pytorch_saves(case, tmp_path):
     ],
     ids=str,
 )
-def test_activations_are_no_more_than_planned_where_fewer_rows_run(settings, tmp_path):
+def test_activations_are_no_more_than_planned_where_fewer_rows_run(settings, tmp_path, onednn):
     config = make_config(tmp_path, WIDE | with_moe(**settings))
     measured = kept_bytes(make_engine(config), config)
     assert 1.07 * measured < plan_of(config).activation_bytes < 1.6 * measured
@@ -161,8 +162,10 @@ def test_activations_are_no_more_than_planned_where_fewer_rows_run(settings, tmp
 @pytest.mark.parametrize(
     "change", [{"shared_gate": "sigmoid"}, {"shared_gate": "softmax"}, {"latent_size": 64}], ids=str
 )
-def test_gates_and_latents_keep_what_they_take(change, name, precision, tmp_path):
+def test_gates_and_latents_keep_what_they_take(change, name, precision, tmp_path, monkeypatch):
     """By themselves: beside all else they would be lost in the tolerance."""
+    # Nor with rows that are padded, of which another routing has others.
+    monkeypatch.setattr(grouped_matmul, "PADDED_ROWS", 1 << 20)
     planned, measured = [], []
     for moe in ({}, change):
         moe = FINE | {"experts": {"name": name}} | moe
