@@ -2,11 +2,13 @@
 
 `tiles.json` maps kernel -> architecture -> dtype -> largest rows per expert (or any other size that
 the kernel is keyed by) -> block sizes and launch options. An architecture without entries for a
-kernel takes those of another: `fallbacks`. `python -m kernels.bench OP --tune` adds entries;
-`kernels.aot` shows what each needs of its chip.
+kernel takes those of another: `fallbacks`. An entry for `sm_90 triton 3.6` stands for `sm_90` where
+that Triton, which needs more registers, would spill them. `python -m kernels.bench OP --tune` adds
+entries; `kernels.aot` shows what each needs of its chip.
 """
 
 import copy
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ _FALLBACK = {
     "sm_121": "sm_120",
 }
 _LAST = ("sm_80", "gfx942", "interpreter")
+_OLD_TRITON = "triton 3.6"
 
 
 class Tile(NamedTuple):
@@ -82,10 +85,26 @@ def load_tiles() -> dict[str, dict[str, dict[str, dict[str, Tile]]]]:
     }
 
 
+@cache
+def has_old_triton() -> bool:
+    """Whether the entries for Triton 3.6 are those to take."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # none, or a build of another name
+        return False
+    return version.startswith("3.6.")
+
+
+def _key(by_arch: dict[str, Any], arch: str) -> str:
+    """Under which an architecture's own entries stand, or would stand, for this Triton."""
+    old = f"{arch} {_OLD_TRITON}"
+    return old if has_old_triton() and old in by_arch else arch
+
+
 def _nearest(by_arch: dict[str, Any], arch: str) -> Any:
     for candidate in fallbacks(arch):
-        if candidate in by_arch:
-            return by_arch[candidate]
+        if (key := _key(by_arch, candidate)) in by_arch:
+            return by_arch[key]
     raise KeyError(arch)
 
 
@@ -165,8 +184,9 @@ def save_tile(kernel: str, arch: str, dtype: str, bucket: str, tile: Tile) -> No
     """
     raw = json.loads(TABLE.read_text())
     # From now on it has entries of its own, which must serve every dtype and size.
-    raw[kernel][arch] = copy.deepcopy(_nearest(raw[kernel], arch))
-    by_size = raw[kernel][arch].setdefault(dtype, {})
+    key = _key(raw[kernel], arch)
+    raw[kernel][key] = copy.deepcopy(_nearest(raw[kernel], arch))
+    by_size = raw[kernel][key].setdefault(dtype, {})
     by_size[bucket] = tile._asdict()
     by_size.setdefault("any", tile._asdict())
     TABLE.write_text(json.dumps(raw, indent=1) + "\n")

@@ -73,9 +73,9 @@ def test_kernels_compile_for_every_architecture_as_on_record(op, tmp_path):
     recorded = {
         label: by_arch for label, by_arch in record["kernels"].items() if label.startswith(f"{op}:")
     }
-    assert archs_of(recorded) == archs_of(table), RENEW
     if record["triton"] != now["triton"]:
         pytest.skip(f"on record is Triton {record['triton']}, installed is {now['triton']}")
+    assert archs_of(recorded) == archs_of(table), RENEW
     assert recorded == table, RENEW
 
 

@@ -77,6 +77,29 @@ def test_the_nearest_chip_that_has_tiles_gives_them(write_tiles, on_chip):
     assert {arch: on_chip(arch) for arch in expected} == expected
 
 
+@pytest.mark.parametrize(("version", "old"), [("3.6.0", True), ("3.7.1", False), ("3.60.0", False)])
+def test_an_old_triton_takes_its_own_tiles_where_there_are_any(
+    version, old, write_tiles, on_chip, monkeypatch
+):
+    monkeypatch.setattr(tiles.importlib.metadata, "version", lambda package: version)
+    tiles.has_old_triton.cache_clear()
+    try:
+        write_tiles({"sm_80": 1, "sm_90": 2, "sm_90 triton 3.6": 3})
+        expected = {"sm_80": 1, "sm_90": 3 if old else 2, "sm_100": 3 if old else 2}
+        assert {arch: on_chip(arch) for arch in expected} == expected
+        # What is tuned goes where it is looked for, and nowhere else.
+        for arch in ("sm_90", "sm_80"):
+            save_tile("kernel", arch, "bfloat16", "any", Tile({"BLOCK": 16}, num_stages=7))
+            assert on_chip(arch) == 7
+        table = load_tiles()["kernel"]
+        kept = "sm_90" if old else "sm_90 triton 3.6"
+        assert {key for key, value in table.items() if value["bfloat16"]["any"].num_stages < 7} == {
+            kept
+        }
+    finally:
+        tiles.has_old_triton.cache_clear()
+
+
 def test_a_kernel_without_tiles_for_such_a_chip_is_an_error(write_tiles, on_chip):
     write_tiles({"gfx942": 3})
     with pytest.raises(KeyError, match="sm_90"):

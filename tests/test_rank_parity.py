@@ -301,7 +301,8 @@ def check(changes: dict[str, Any], found: dict[str, Any], rounding: int = 1) -> 
             for norms in ("gradient_norms", "weight_norms"):
                 by_group, wanted = getattr(ours["detail"], norms), getattr(theirs["detail"], norms)
                 assert by_group == pytest.approx(wanted, rel=10 * tolerance)
-    assert_close(found["gradients"], expected["gradients"], rounding * 1e-6)
+    # Sums in which terms cancel: how far, the library that multiplies on this chip decides.
+    assert_close(found["gradients"], expected["gradients"], rounding * 2e-6)
     assert_close(found["moments"], expected["moments"], rounding * 1e-6)
     if sgd:
         assert_close(found["weights"], expected["weights"], rounding * 1e-6)
