@@ -26,8 +26,8 @@ from kernels.matmul import goes_to_onednn, matmul
 
 # Rows that an expert's matmul is padded to a multiple of, where that pays.
 PADDED_ROWS = 32
-# A batched matmul has at most so many rows, from which on a single one keeps the cores as busy;
-# and its padding adds at most this share of its rows.
+# A batched matmul has at most so many rows: from there on that of one expert keeps the cores busy.
+# Sharing one adds at most this share to the rows that its experts would have apart.
 MAX_BATCH_ROWS = 1 << 15
 MAX_PADDING = 1 / 8
 
@@ -85,14 +85,22 @@ def row_quantum(num_rows: int, num_experts: int, x: Tensor) -> int:
     return PADDED_ROWS if many and (narrow or goes_to_onednn(x)) else 1
 
 
+def shares_batches(num_rows: int, num_experts: int, x: Tensor) -> bool:
+    """Whether experts with about as many rows share a matmul: where rows are padded anyway, and
+    PyTorch has a batched product by the same library (of float32 by oneDNN it has none)."""
+    padded = row_quantum(num_rows, num_experts, x) > 1
+    return num_experts > 1 and padded and not goes_to_onednn(x)
+
+
 def layout_rows(expert_offsets: Tensor, num_rows: int, x: Tensor) -> RowLayout:
     """Lay out `num_rows` rows for matmuls of x so that each expert begins at a multiple of
     `row_quantum`."""
     offsets = expert_offsets.tolist()
     used = [end - first for first, end in itertools.pairwise(offsets)]
     quantum = row_quantum(num_rows, len(used), x)
+    alone = not shares_batches(num_rows, len(used), x)
     batches, start = [], 0
-    for expert, members in _batches(used, 0, quantum, alone=quantum == 1 or goes_to_onednn(x)):
+    for expert, members in _batches(used, 0, quantum, alone=alone):
         batches.append(Batch(expert, start, _round_up(max(members), quantum), members))
         start = batches[-1].stop
     if quantum == 1 or not batches:
@@ -119,8 +127,8 @@ def _batches(
 
     Halves, and not the longest runs that fit, so that the numbers of experts repeat.
     """
-    if len(used) == 1:
-        if used[0] > 0:
+    if len(used) <= 1:
+        if any(used):
             yield expert, used
         return
     rows = _round_up(max(used), quantum) * len(used)
@@ -128,7 +136,7 @@ def _batches(
     fits = min(used) > 0 and rows <= min(MAX_BATCH_ROWS, apart * (1 + MAX_PADDING))
     if fits and not alone:
         yield expert, used
-    elif used:
+    else:
         half = len(used) // 2
         yield from _batches(used[:half], expert, quantum, alone=alone)
         yield from _batches(used[half:], expert + half, quantum, alone=alone)

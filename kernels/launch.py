@@ -21,10 +21,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What Triton's matrix units multiply here.
 MATMUL_DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Devices that have autocast. Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = tuple(
-    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
-)
+# Devices with autocast that kernels here may meet: torch.compile of PyTorch 2.11 cannot trace
+# `torch.amp.is_autocast_available`.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def interpreting() -> bool:

@@ -1,9 +1,9 @@
 """Plain matrix products and the linear layer, on a CPU by the faster library.
 
 PyTorch leaves float32 products on x86 to MKL, which does not use AVX-512 on chips other than
-Intel's, and gives only narrower dtypes to oneDNN, which does. Here float32 on such chips goes to
-oneDNN too, where a product is large enough to pay for the call: half the time on an AMD EPYC. On
-Intel's own, MKL is the faster one. Each new shape is compiled by oneDNN at its first use (see
+Intel's, and gives only narrower dtypes to oneDNN, which does. Here float32 goes to oneDNN too on
+chips other than Intel's, where a product is large enough to pay for the call: half the time on an
+AMD EPYC. On Intel's, MKL is the faster one. oneDNN compiles each new shape at its first use (see
 `kernels.grouped_matmul.row_quantum`).
 """
 
@@ -34,8 +34,8 @@ def can_use_onednn() -> bool:
 
 
 @cache
-def has_fast_float32() -> bool:
-    """Whether float32 products on this CPU go to oneDNN."""
+def prefers_onednn() -> bool:
+    """Whether float32 products on this CPU go to oneDNN: where MKL does not use all of the chip."""
     try:
         intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:  # another system, or hidden: as PyTorch has it
@@ -46,7 +46,7 @@ def has_fast_float32() -> bool:
 def goes_to_onednn(x: Tensor) -> bool:
     """Whether products of `x` that are large enough go to oneDNN by this file's doing."""
     narrow = torch.is_autocast_enabled("cpu")
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not narrow and has_fast_float32()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not narrow and prefers_onednn()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.mm` of a (M, K) and b (K, N), without gradients; float32 as this file says.
 
-    Or `torch.bmm` of (B, M, K) and (B, K, N), which two threads share better than B products.
+    Or `torch.bmm` of (B, M, K) and (B, K, N), which threads share better than B products, and which
+    leaves float32 to MKL.
     out: (M, N) or (B, M, N), of any dtype.
     """
     if out is not None and out.dtype != a.dtype:

@@ -58,8 +58,7 @@ class _Kept(NamedTuple):
 class _Rows(NamedTuple):
     """Rows (R, D), or those to be gathered: row r is source[token[r]].
 
-    A gathered group goes into its matmuls while it is in a cache; all rows at once would go through
-    memory.
+    Gathered a group at a time, so that all rows at once take no memory.
     """
 
     source: Tensor
@@ -207,9 +206,10 @@ def _backward_rows(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights;
-    both 0 in padding. Returns the gradients of x_rows (R, D), scale (R,) in float32, w1, w2, w3,
-    None where they are not needed; those of unused rows are undefined.
+    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights,
+    which are 0 in padding and keep it out of every sum. Returns the gradients of x_rows (R, D),
+    scale (R,) in float32, w1, w2, w3, None where they are not needed; those of unused rows are
+    undefined.
     """
     num_experts, hidden, inner = weights.down.shape
     like = x_rows.source

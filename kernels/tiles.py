@@ -2,13 +2,12 @@
 
 `tiles.json` maps kernel -> architecture -> dtype -> largest rows per expert (or any other size that
 the kernel is keyed by) -> block sizes and launch options. An architecture without entries for a
-kernel takes those of another: `fallbacks`. An entry for `sm_90 triton 3.6` stands for `sm_90` where
-that Triton, which needs more registers, would spill them. `python -m kernels.bench OP --tune` adds
-entries; `kernels.aot` shows what each needs of its chip.
+kernel takes those of another: `fallbacks`. `sm_90 triton 3.6` comes before `sm_90` on that Triton,
+which needs more registers and would spill some; it goes when PyTorch 2.11 does. `python -m
+kernels.bench OP --tune` adds entries; `kernels.aot` shows what each needs of its chip.
 """
 
 import copy
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from kernels.launch import HAS_TRITON
 
 TABLE = Path(__file__).with_name("tiles.json")
 # Shared memory of a program decides: 99 KiB on sm_86, sm_89 and sm_12x, 163 on sm_80, 227 on sm_90
@@ -87,24 +88,21 @@ def load_tiles() -> dict[str, dict[str, dict[str, dict[str, Tile]]]]:
 
 @cache
 def has_old_triton() -> bool:
-    """Whether the entries for Triton 3.6 are those to take."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # none, or a build of another name
+    """Whether the entries for Triton 3.6 come first."""
+    if not HAS_TRITON:
         return False
-    return version.startswith("3.6.")
+    import triton
+
+    return triton.__version__.startswith("3.6.")
 
 
-def _key(by_arch: dict[str, Any], arch: str) -> str:
-    """Under which an architecture's own entries stand, or would stand, for this Triton."""
-    old = f"{arch} {_OLD_TRITON}"
-    return old if has_old_triton() and old in by_arch else arch
-
-
-def _nearest(by_arch: dict[str, Any], arch: str) -> Any:
+def _nearest(by_arch: dict[str, Any], arch: str, *, old: bool) -> Any:
+    """The entries that an architecture takes, on the old Triton or a newer one."""
     for candidate in fallbacks(arch):
-        if (key := _key(by_arch, candidate)) in by_arch:
+        if old and (key := f"{candidate} {_OLD_TRITON}") in by_arch:
             return by_arch[key]
+        if candidate in by_arch:
+            return by_arch[candidate]
     raise KeyError(arch)
 
 
@@ -114,7 +112,7 @@ def tiles_of(kernel: str, arch: str) -> dict[str, dict[str, Tile]]:
     Raises:
         KeyError: if the kernel is not in the table.
     """
-    return _nearest(load_tiles()[kernel], arch)
+    return _nearest(load_tiles()[kernel], arch, old=has_old_triton())
 
 
 def choose_tile(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> Tile:
@@ -180,13 +178,20 @@ def on_trial() -> Iterator[Trial]:
 def save_tile(kernel: str, arch: str, dtype: str, bucket: str, tile: Tile) -> None:
     """Write an entry of the table; an architecture that had none keeps what it took so far.
 
-    For a dtype that had none, the only entry is `any` too.
+    For a dtype that had none, the only entry is `any` too. Entries made on Triton 3.6 are for it
+    alone; those made on a newer one replace what both took, and nothing else.
     """
     raw = json.loads(TABLE.read_text())
+    by_arch = raw[kernel]
+    new, old = (copy.deepcopy(_nearest(by_arch, arch, old=is_old)) for is_old in (False, True))
     # From now on it has entries of its own, which must serve every dtype and size.
-    key = _key(raw[kernel], arch)
-    raw[kernel][key] = copy.deepcopy(_nearest(raw[kernel], arch))
-    by_size = raw[kernel][key].setdefault(dtype, {})
+    if has_old_triton():
+        by_arch[f"{arch} {_OLD_TRITON}"] = own = old
+    else:
+        by_arch[arch] = own = new
+        if _nearest(by_arch, arch, old=True) != old:
+            by_arch[f"{arch} {_OLD_TRITON}"] = old
+    by_size = own.setdefault(dtype, {})
     by_size[bucket] = tile._asdict()
     by_size.setdefault("any", tile._asdict())
     TABLE.write_text(json.dumps(raw, indent=1) + "\n")

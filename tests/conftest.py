@@ -86,7 +86,7 @@ def onednn(monkeypatch):
 
     if not matmul.can_use_onednn():
         pytest.skip("oneDNN does not multiply float32 on this CPU")
-    monkeypatch.setattr(matmul, "has_fast_float32", lambda: True)
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def always_batched(monkeypatch):
     def quantum(num_rows, num_experts, x):
         return 4 if x.device.type == "cpu" else 1
 
-    monkeypatch.setattr(matmul, "has_fast_float32", lambda: False)
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
     monkeypatch.setattr(grouped_matmul, "row_quantum", quantum)
     monkeypatch.setattr(grouped_matmul, "MAX_PADDING", 100)
 

@@ -20,10 +20,12 @@ from kernels.dispatch import plan_dispatch
 from kernels.grouped_matmul import (
     MAX_BATCH_ROWS,
     PADDED_ROWS,
+    Batch,
     grouped_matmul,
     layout_rows,
     place_rows,
     rows_in_use,
+    shares_batches,
     take_rows,
 )
 
@@ -88,6 +90,46 @@ def test_padded_rows_by_each_library_equal_float64(request, device, way, case):
     check(device, "torch", case, 63)
 
 
+def batches(counts, dtype=torch.bfloat16):
+    offsets = F.pad(torch.tensor(counts, dtype=torch.long).cumsum(0), (1, 0))
+    return layout_rows(offsets, int(offsets[-1]) + 5, torch.zeros(1, dtype=dtype)).batches
+
+
+def test_halves_of_the_experts_share_a_batch_where_it_pads_little():
+    pair, single = Batch(0, 0, 320, [300, 310]), Batch(2, 640, 928, [900])
+    assert batches([300, 310, 900, 0]) == [pair, single]
+    # 640 rows are 1/9 more than 320 + 256, and 1/4 more than 320 + 192.
+    assert [b.used for b in batches([300, 250])] == [[300, 250]]
+    assert [b.used for b in batches([300, 190])] == [[300], [190]]
+    assert [len(b.used) for b in batches([MAX_BATCH_ROWS // 4] * 8)] == [4, 4]
+    assert batches([]) == batches([0, 0]) == []
+
+
+def test_float32_has_no_batches_and_padding_only_for_onednn(onednn):
+    assert batches([300, 310], torch.float64) == [
+        Batch(0, 0, 300, [300]),
+        Batch(1, 300, 310, [310]),
+    ]
+    assert batches([300, 310], torch.float32) == [
+        Batch(0, 0, 320, [300]),
+        Batch(1, 320, 320, [310]),
+    ]
+    assert shares_batches(600, 2, torch.zeros(1, dtype=torch.bfloat16))
+    assert not shares_batches(600, 1, torch.zeros(1, dtype=torch.bfloat16))
+    assert not shares_batches(600, 2, torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_experts_give_rows_of_zero(dtype):
+    rows, weight = leaves(
+        torch.ones(3, 4, dtype=dtype), torch.ones(0, 5, 4, dtype=dtype), dtype=dtype
+    )
+    out = grouped_matmul(rows, weight, torch.zeros(1, dtype=torch.long))
+    assert torch.equal(out, torch.zeros(3, 5, dtype=dtype))
+    grads = gradients(out, torch.ones_like(out), rows, weight)
+    assert torch.equal(grads[0], torch.zeros(3, 4, dtype=dtype)) and grads[1].shape == (0, 5, 4)
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 64])
 def test_neighbours_with_about_as_many_rows_share_a_batch(num_experts):
     generator = torch.Generator().manual_seed(num_experts)
@@ -121,7 +163,8 @@ def test_neighbours_with_about_as_many_rows_share_a_batch(num_experts):
                     start = batch.first + i * batch.size
                     assert torch.equal(placed[start : start + n], mine)
                     assert (placed[start + n : start + batch.size] == 0).all()
-            assert torch.equal(take_rows(placed, layout, num_rows)[:-5], rows[:-5])
+            expected = torch.cat([rows[:-5], torch.zeros(5, dtype=torch.long)])
+            assert torch.equal(take_rows(placed, layout, num_rows), expected)
 
 
 def test_gradcheck():

@@ -9,10 +9,11 @@ from kernels import matmul as matmul_file
 from kernels.grouped_matmul import PADDED_ROWS, row_quantum
 from kernels.matmul import (
     add_matmul,
+    can_use_onednn,
     goes_to_onednn,
-    has_fast_float32,
     linear,
     matmul,
+    prefers_onednn,
 )
 
 # Around the number of multiplications and the size of a gradient from which oneDNN is asked.
@@ -100,11 +101,11 @@ def test_matrices_in_pairs_are_multiplied_and_added(request, by_onednn, batch, d
 
 
 def test_float32_stays_with_mkl_on_intel_and_where_the_chip_is_not_known(monkeypatch):
-    monkeypatch.setattr(matmul_file, "can_use_onednn", lambda: True)
-    for text, expected in (
-        ("vendor_id: GenuineIntel", False),
-        ("AuthenticAMD", True),
-        (None, False),
+    for text, able, expected in (
+        ("vendor_id: GenuineIntel", True, False),
+        ("vendor_id: AuthenticAMD", True, True),
+        ("vendor_id: AuthenticAMD", False, False),
+        (None, True, False),
     ):
 
         def read(path, text=text):
@@ -113,7 +114,18 @@ def test_float32_stays_with_mkl_on_intel_and_where_the_chip_is_not_known(monkeyp
             return text
 
         monkeypatch.setattr(matmul_file.Path, "read_text", read)
-        assert has_fast_float32.__wrapped__() is expected
+        monkeypatch.setattr(matmul_file, "can_use_onednn", lambda able=able: able)
+        assert prefers_onednn.__wrapped__() is expected
+
+
+def test_onednn_needs_avx512_and_the_operator(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert can_use_onednn() == torch.backends.mkldnn.is_available()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops, "mkldnn", object())
+        assert not can_use_onednn()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not can_use_onednn()
 
 
 def test_linear_takes_one_vector_and_a_frozen_weight(always_onednn):
@@ -143,8 +155,8 @@ def test_only_large_float32_products_go_to_onednn(onednn, products):
     assert products == []
 
 
-def test_without_the_operator_products_stay_with_pytorch(products, monkeypatch):
-    monkeypatch.setattr(matmul_file, "has_fast_float32", lambda: False)
+def test_where_onednn_is_not_preferred_products_stay_with_pytorch(products, monkeypatch):
+    monkeypatch.setattr(matmul_file, "prefers_onednn", lambda: False)
     x, weight = randn(512, 256, seed=1), randn(128, 256, seed=2)
     assert not goes_to_onednn(x)
     assert torch.equal(matmul(x, weight.T), x @ weight.T)

@@ -7,7 +7,15 @@ import torch
 
 from kernels import tiles
 from kernels.aot import ARCHITECTURES, SHARED_MEMORY
-from kernels.tiles import Tile, choose_tile, fallbacks, load_tiles, save_tile, tiles_of
+from kernels.tiles import (
+    Tile,
+    choose_tile,
+    fallbacks,
+    has_old_triton,
+    load_tiles,
+    save_tile,
+    tiles_of,
+)
 
 # What each may use of shared memory in a program, from the CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability".
@@ -77,27 +85,41 @@ def test_the_nearest_chip_that_has_tiles_gives_them(write_tiles, on_chip):
     assert {arch: on_chip(arch) for arch in expected} == expected
 
 
-@pytest.mark.parametrize(("version", "old"), [("3.6.0", True), ("3.7.1", False), ("3.60.0", False)])
-def test_an_old_triton_takes_its_own_tiles_where_there_are_any(
-    version, old, write_tiles, on_chip, monkeypatch
-):
-    monkeypatch.setattr(tiles.importlib.metadata, "version", lambda package: version)
-    tiles.has_old_triton.cache_clear()
-    try:
-        write_tiles({"sm_80": 1, "sm_90": 2, "sm_90 triton 3.6": 3})
-        expected = {"sm_80": 1, "sm_90": 3 if old else 2, "sm_100": 3 if old else 2}
+@pytest.fixture
+def on_triton(monkeypatch):
+    """Sets the version of Triton that is installed."""
+
+    def set_version(version):
+        monkeypatch.setattr(triton, "__version__", version)
+        has_old_triton.cache_clear()
+
+    triton = pytest.importorskip("triton")
+    yield set_version
+    has_old_triton.cache_clear()
+
+
+def test_an_old_triton_takes_its_own_tiles_where_there_are_any(write_tiles, on_chip, on_triton):
+    write_tiles({"sm_80": 1, "sm_90": 2, "sm_90 triton 3.6": 3})
+    for version, own in {"3.6.0": 3, "3.7.1": 2, "3.60.0": 2}.items():
+        on_triton(version)
+        expected = {"sm_80": 1, "sm_90": own, "sm_100": own}
         assert {arch: on_chip(arch) for arch in expected} == expected
-        # What is tuned goes where it is looked for, and nowhere else.
-        for arch in ("sm_90", "sm_80"):
-            save_tile("kernel", arch, "bfloat16", "any", Tile({"BLOCK": 16}, num_stages=7))
-            assert on_chip(arch) == 7
-        table = load_tiles()["kernel"]
-        kept = "sm_90" if old else "sm_90 triton 3.6"
-        assert {key for key, value in table.items() if value["bfloat16"]["any"].num_stages < 7} == {
-            kept
-        }
-    finally:
-        tiles.has_old_triton.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("version", "other"), [("3.6.0", "3.7.1"), ("3.7.1", "3.6.0")])
+def test_what_one_triton_is_given_the_other_does_not_take(
+    arch, version, other, write_tiles, on_chip, on_triton
+):
+    write_tiles({"sm_80": 1, "sm_90": 2, "sm_90 triton 3.6": 3})
+    on_triton(other)
+    before = on_chip(arch)
+    on_triton(version)
+    save_tile("kernel", arch, "bfloat16", "any", Tile({"BLOCK": 16}, num_stages=7))
+    assert on_chip(arch) == 7
+    on_triton(other)
+    # Where both took the same entries, the newer Triton's go on serving the old one.
+    assert on_chip(arch) == (7 if (arch, version) == ("sm_80", "3.7.1") else before)
 
 
 def test_a_kernel_without_tiles_for_such_a_chip_is_an_error(write_tiles, on_chip):

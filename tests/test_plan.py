@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_cases import checkpoint, make_config, make_engine, micro_batches, run
 
 import train.plan
-from kernels import grouped_matmul
+from kernels import grouped_matmul, matmul
 from train.config import RunConfig
 from train.engine import PlainEngine
 from train.errors import OutOfMemoryError
@@ -151,10 +151,19 @@ def test_activations_are_what_pytorch_saves(case, tmp_path):
     ],
     ids=str,
 )
-def test_activations_are_no_more_than_planned_where_fewer_rows_run(settings, tmp_path, onednn):
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_activations_are_no_more_than_planned_where_fewer_rows_run(
+    request, settings, by_onednn, tmp_path, monkeypatch
+):
+    if by_onednn:
+        request.getfixturevalue("onednn")
+    else:
+        monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
     config = make_config(tmp_path, WIDE | with_moe(**settings))
     measured = kept_bytes(make_engine(config), config)
-    assert 1.07 * measured < plan_of(config).activation_bytes < 1.6 * measured
+    # Padded rows leave room for those that do not run; without padding all have their place.
+    least, most = (1.07, 1.6) if by_onednn else (0.94, 1.1)
+    assert least * measured < plan_of(config).activation_bytes < most * measured
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -3,8 +3,7 @@
 import torch
 
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
-from kernels.grouped_matmul import MAX_PADDING, row_quantum
-from kernels.matmul import goes_to_onednn
+from kernels.grouped_matmul import MAX_PADDING, row_quantum, shares_batches
 from kernels.swiglu_experts_torch import NARROW
 from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from train.config import RunConfig
@@ -41,8 +40,8 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     included, of which bfloat16 needs copies. Within 6 % of what PyTorch saves, in bfloat16 10 %, as
     tests hold; but each token is taken to have `top_k` rows of a router with logits. Where fewer
     run (relu, top_p, experts that cost nothing, a capacity) or there are no logits (hash), this is
-    an upper bound: in small models of float32 whose products go to oneDNN, 8 to 58 % above; MKL
-    keeps the rows that do not run as well.
+    an upper bound: in small models of float32 by oneDNN, 8 to 58 % above. Without it float32 has no
+    padding, and buffers keep the rows that do not run as well.
     """
     training, hidden = config.training, model.hidden_size
     tokens = config.micro_batch_size * training.seq_len
@@ -134,10 +133,8 @@ def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
     rows = tokens * model.top_k
     quantum = row_quantum(rows, moe.num_experts, factor)
-    if quantum == 1:
-        return 0
-    padding = moe.num_experts * quantum // 2
-    if not goes_to_onednn(factor):
+    padding = moe.num_experts * quantum // 2 if quantum > 1 else 0
+    if shares_batches(rows, moe.num_experts, factor):
         padding += int(rows * MAX_PADDING / 2)
     inner, outer = _kept_widths(model)
     return c * padding * (inner * moe.intermediate_size + outer * model.expert_hidden_size)
