@@ -12,6 +12,7 @@ import triton.language as tl
 
 # Sizes change from call to call: their values are no reason to compile anew.
 SIZES = ("num_queries", "num_keys", "window", "section")
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """How do the Triton kernels of `kernels.attention` run, forward and backward?
 
-Forward and backward kernels stand in `kernels.attention_forward_kernel` and
-`kernels.attention_backward_kernels`, with their formulas; here is what launches them: operators
+The kernels stand in `kernels.attention_forward_kernel`, `kernels.attention_grad_keys_kernel` and
+`kernels.attention_grad_queries_kernel`, with their formulas; here is what launches them: operators
 that `torch.compile` keeps whole, their autograd, layouts and tiles.
 """
 
@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from kernels.aot import ARCHITECTURES, AotCase
-from kernels.attention_backward_kernels import delta_kernel, grad_keys_kernel, grad_queries_kernel
 from kernels.attention_forward_kernel import forward_kernel
+from kernels.attention_grad_keys_kernel import delta_kernel, grad_keys_kernel
+from kernels.attention_grad_queries_kernel import grad_queries_kernel
 from kernels.launch import MATMUL_DTYPES, on_device_of
 from kernels.tiles import Tile, choose_tile, tiles_of
 

@@ -98,9 +98,9 @@ def layout_rows(expert_offsets: Tensor, num_rows: int, x: Tensor) -> RowLayout:
     offsets = expert_offsets.tolist()
     used = [end - first for first, end in itertools.pairwise(offsets)]
     quantum = row_quantum(num_rows, len(used), x)
-    alone = not shares_batches(num_rows, len(used), x)
+    max_rows = MAX_BATCH_ROWS if shares_batches(num_rows, len(used), x) else 0
     batches, start = [], 0
-    for expert, members in _batches(used, 0, quantum, alone=alone):
+    for expert, members in _batches(used, 0, quantum, max_rows):
         batches.append(Batch(expert, start, _round_up(max(members), quantum), members))
         start = batches[-1].stop
     if quantum == 1 or not batches:
@@ -121,7 +121,7 @@ def _round_up(rows: int, quantum: int) -> int:
 
 
 def _batches(
-    used: list[int], expert: int, quantum: int, *, alone: bool
+    used: list[int], expert: int, quantum: int, max_rows: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Halve the experts until each part is worth one batched matmul: (first expert, rows of each).
 
@@ -133,13 +133,12 @@ def _batches(
         return
     rows = _round_up(max(used), quantum) * len(used)
     apart = sum(_round_up(n, quantum) for n in used)
-    fits = min(used) > 0 and rows <= min(MAX_BATCH_ROWS, apart * (1 + MAX_PADDING))
-    if fits and not alone:
+    if min(used) > 0 and rows <= min(max_rows, apart * (1 + MAX_PADDING)):
         yield expert, used
     else:
         half = len(used) // 2
-        yield from _batches(used[:half], expert, quantum, alone=alone)
-        yield from _batches(used[half:], expert + half, quantum, alone=alone)
+        yield from _batches(used[:half], expert, quantum, max_rows)
+        yield from _batches(used[half:], expert + half, quantum, max_rows)
 
 
 def place_rows(rows: Tensor, layout: RowLayout) -> Tensor:
