@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
 class _Rows(NamedTuple):
     """Rows (R, D), or those to be gathered: row r is source[token[r]].
 
-    Gathered a group at a time, so that all rows at once take no memory.
+    Gathered a group at a time: the rows of the others take no memory meanwhile.
     """
 
     source: Tensor

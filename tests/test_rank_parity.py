@@ -301,8 +301,12 @@ def check(changes: dict[str, Any], found: dict[str, Any], rounding: int = 1) -> 
             for norms in ("gradient_norms", "weight_norms"):
                 by_group, wanted = getattr(ours["detail"], norms), getattr(theirs["detail"], norms)
                 assert by_group == pytest.approx(wanted, rel=10 * tolerance)
-    # Sums in which terms cancel: how far, the library that multiplies on this chip decides.
-    assert_close(found["gradients"], expected["gradients"], rounding * 2e-6)
+    for name, wanted in expected["gradients"].items():
+        # The mixing weights of constant experts have gradients in which terms cancel: 1.07e-6 where
+        # MKL multiplies.
+        tolerance = 2e-6 if ".zero_computation." in name else 1e-6
+        assert_close({name: found["gradients"][name]}, {name: wanted}, rounding * tolerance)
+    assert found["gradients"].keys() == expected["gradients"].keys()
     assert_close(found["moments"], expected["moments"], rounding * 1e-6)
     if sgd:
         assert_close(found["weights"], expected["weights"], rounding * 1e-6)
