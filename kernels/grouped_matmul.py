@@ -92,6 +92,17 @@ def shares_batches(num_rows: int, num_experts: int, x: Tensor) -> bool:
     return num_experts > 1 and padded and not goes_to_onednn(x)
 
 
+def expected_padding(num_rows: int, num_experts: int, x: Tensor) -> int:
+    """Rows of padding that `layout_rows` adds about where routing is even; else it adds fewer.
+
+    Half of `row_quantum` an expert, and half of what sharing batches may add.
+    """
+    quantum = row_quantum(num_rows, num_experts, x)
+    apart = num_experts * quantum // 2 if quantum > 1 else 0
+    shared = num_rows * MAX_PADDING / 2 if shares_batches(num_rows, num_experts, x) else 0
+    return apart + int(shared)
+
+
 def layout_rows(expert_offsets: Tensor, num_rows: int, x: Tensor) -> RowLayout:
     """Lay out `num_rows` rows for matmuls of x so that each expert begins at a multiple of
     `row_quantum`."""

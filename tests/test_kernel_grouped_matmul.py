@@ -21,6 +21,7 @@ from kernels.grouped_matmul import (
     MAX_BATCH_ROWS,
     PADDED_ROWS,
     Batch,
+    expected_padding,
     grouped_matmul,
     layout_rows,
     place_rows,
@@ -117,6 +118,21 @@ def test_float32_has_no_batches_and_padding_only_for_onednn(onednn):
     assert shares_batches(600, 2, torch.zeros(1, dtype=torch.bfloat16))
     assert not shares_batches(600, 1, torch.zeros(1, dtype=torch.bfloat16))
     assert not shares_batches(600, 2, torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_experts", "num_rows"), [(1, 1000), (8, 4096), (64, 32768)])
+def test_padding_is_about_what_is_expected_of_even_routing(onednn, num_experts, num_rows, dtype):
+    x, padding = torch.zeros(1, dtype=dtype), []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        expert = torch.randint(num_experts, (num_rows,), generator=generator)
+        offsets = F.pad(torch.bincount(expert, minlength=num_experts).cumsum(0), (1, 0))
+        padding.append(layout_rows(offsets, num_rows, x).num_rows - num_rows)
+    mean = sum(padding) / len(padding)
+    # Without the batches' part a third of it would be expected in bfloat16.
+    assert 0.6 * mean < expected_padding(num_rows, num_experts, x) < 2.1 * mean
+    assert expected_padding(num_rows, num_experts, x.double()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

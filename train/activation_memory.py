@@ -3,7 +3,7 @@
 import torch
 
 from kernels.attention import BLOCK_QUERIES, SHORT_KEYS
-from kernels.grouped_matmul import MAX_PADDING, row_quantum, shares_batches
+from kernels.grouped_matmul import expected_padding
 from kernels.swiglu_experts_torch import NARROW
 from moe.config import SHARED_GATE_WIDTHS, ModelConfig
 from train.config import RunConfig
@@ -125,16 +125,11 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
 
 
 def _padding_bytes(model: ModelConfig, layer: int, tokens: int, c: int) -> int:
-    """Of the rows that pad each expert's: half of `row_quantum` on average; and where experts share
-    batched matmuls, half of what those may add."""
+    """Of the rows that pad each expert's."""
     if not model.is_moe_layer(layer):
         return 0
     moe = model.moe
     factor = torch.empty(0, dtype=torch.float32 if c == _FLOAT32 else torch.bfloat16)
-    rows = tokens * model.top_k
-    quantum = row_quantum(rows, moe.num_experts, factor)
-    padding = moe.num_experts * quantum // 2 if quantum > 1 else 0
-    if shares_batches(rows, moe.num_experts, factor):
-        padding += int(rows * MAX_PADDING / 2)
+    padding = expected_padding(tokens * model.top_k, moe.num_experts, factor)
     inner, outer = _kept_widths(model)
     return c * padding * (inner * moe.intermediate_size + outer * model.expert_hidden_size)
