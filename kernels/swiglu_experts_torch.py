@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
+from kernels.dispatch import DispatchPlan, dot_rows, sum_rows, weights_by_row
 from kernels.grouped_matmul import (
     Batch,
     RowLayout,
@@ -44,30 +44,27 @@ class _Needs(NamedTuple):
     w1: bool
     w2: bool
     w3: bool
-    scale: bool
-
-
-class _Kept(NamedTuple):
-    """What the forward pass leaves to the backward pass, None where it does not: H and y (R, D) of
-    all rows."""
-
-    h: Tensor | None
-    y: Tensor | None
 
 
 class _Rows(NamedTuple):
-    """Rows (R, D), or those to be gathered: row r is source[token[r]].
+    """Rows (R, D), or those to be gathered: row r is source[token[r]], times scale[r] of (R,).
 
     Gathered a group at a time: the rows of the others take no memory meanwhile.
     """
 
     source: Tensor
     token: Tensor | None
+    scale: Tensor | None = None
 
     def of(self, group: "_Group") -> Tensor:
+        scale = None if self.scale is None else self.scale[group.rows].unsqueeze(-1)
         if self.token is None:
-            return self.source[group.rows]
-        return self.source.index_select(0, self.token[group.rows])
+            rows = self.source[group.rows]
+            return rows if scale is None else rows * scale.to(rows.dtype)
+        token = self.token[group.rows]
+        if scale is None:
+            return self.source.index_select(0, token)
+        return sum_rows(self.source, token.unsqueeze(-1), scale, all_assigned=True)
 
 
 class _Weights(NamedTuple):
@@ -197,8 +194,7 @@ def _backward_rows(
     grad_y: _Rows,
     x_rows: _Rows,
     weights: _Weights,
-    scale: Tensor,
-    kept: _Kept,
+    h_kept: Tensor | None,
     layout: RowLayout,
     options: Options,
     weight_dtype: torch.dtype,
@@ -206,17 +202,13 @@ def _backward_rows(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of the weighted sum at each row, scale (R,) the combine weights,
-    which are 0 in padding and keep it out of every sum. Returns the gradients of x_rows (R, D),
-    scale (R,) in float32, w1, w2, w3, None where they are not needed; those of unused rows are
-    undefined.
+    grad_y (R, D) is the gradient of each row's y, which a scale of 0 keeps out of every sum in
+    padding. Returns the gradients of x_rows (R, D), w1, w2, w3, None where they are not needed;
+    those of unused rows are undefined.
     """
     num_experts, hidden, inner = weights.down.shape
     like = x_rows.source
-    scale = scale.unsqueeze(-1).to(like.dtype)
     grad_x = like.new_empty(layout.num_rows, hidden) if needs.x else None
-    wide = torch.promote_types(like.dtype, torch.float32)
-    grad_scale = like.new_empty(layout.num_rows, dtype=wide) if needs.scale else None
     grad_w1, grad_w3 = (
         like.new_empty(num_experts, inner, hidden, dtype=weight_dtype) if needed else None
         for needed in (needs.w1, needs.w3)
@@ -225,15 +217,11 @@ def _backward_rows(
     for group in _groups(layout.batches, inner):
         rows, num_rows = group.rows, group.rows.stop - group.rows.start
         x, g = x_rows.of(group), grad_y.of(group)
-        if grad_scale is not None:
-            assert kept.y is not None
-            grad_scale[rows] = torch.sum(g * kept.y[rows], -1, dtype=wide)
-        g = g * scale[rows]  # of y itself from here on
-        if kept.h is None:
+        if h_kept is None:
             h = _empty_h(weights, num_rows, like)
             _up_projection(x, weights.up, group, h)
         else:
-            h = kept.h[:, rows]
+            h = h_kept[:, rows]
         grad_a = like.new_empty(num_rows, inner)
         _multiply(group, g, weights.down, grad_a)
         a, grad_h = _activate_backward(h, grad_a, options.clamp)
@@ -248,7 +236,7 @@ def _backward_rows(
                     _weight_grads(group, part, x, (grad_w,))
         if grad_w2 is not None:
             _weight_grads(group, g, a, (grad_w2,))
-    return grad_x, grad_scale, grad_w1, grad_w2, grad_w3
+    return grad_x, grad_w1, grad_w2, grad_w3
 
 
 class SwigluExpertsSorted(torch.autograd.Function):
@@ -263,11 +251,11 @@ class SwigluExpertsSorted(torch.autograd.Function):
         x_rows = place_rows(rows, layout)
         y_rows, h = _forward_rows(_Rows(x_rows, None), weights, layout, options)
         y, used = take_rows(y_rows, layout, num_rows), rows_in_use(layout)
-        kept = _Kept(h, None)
+        y_kept = None
         if ctx.needs_input_grad[4]:
-            kept = kept._replace(y=y_rows.clone() if y is y_rows else y_rows)
+            y_kept = y_rows.clone() if y is y_rows else y_rows
         y[:used] *= scale[:used].unsqueeze(-1)
-        ctx.save_for_backward(x_rows, scale, *kept, weights.down, *weights.up)
+        ctx.save_for_backward(x_rows, scale, h, y_kept, weights.down, *weights.up)
         ctx.layout, ctx.options = layout, options
         return y
 
@@ -275,24 +263,25 @@ class SwigluExpertsSorted(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, grad_y):
         x_rows, scale, h, y, down, *up = ctx.saved_tensors
-        x_dtype, w_dtype = ctx.dtypes
-        needs = _Needs(*ctx.needs_input_grad[:5])
-        grad_x, grad_scale, *grad_weights = _backward_rows(
-            _Rows(place_rows(grad_y.contiguous(), ctx.layout), None),
+        layout, (x_dtype, w_dtype) = ctx.layout, ctx.dtypes
+        num_rows, grad_y = scale.shape[0], grad_y.contiguous()
+        grad_x, *grad_weights = _backward_rows(
+            _Rows(place_rows(grad_y, layout), None, place_rows(scale, layout)),
             _Rows(x_rows, None),
             _Weights(up, down),
-            place_rows(scale, ctx.layout),
-            _Kept(h, y),
-            ctx.layout,
+            h,
+            layout,
             ctx.options,
             w_dtype,
-            needs,
+            _Needs(*ctx.needs_input_grad[:4]),
         )
-        zero_idle_experts(ctx.layout, *(g for g in grad_weights if g is not None))
+        zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
+        grad_scale = None
         if grad_x is not None:
-            grad_x = take_rows(grad_x, ctx.layout, scale.shape[0]).to(x_dtype)
-        if grad_scale is not None:
-            grad_scale = take_rows(grad_scale, ctx.layout, scale.shape[0]).to(scale.dtype)
+            grad_x = take_rows(grad_x, layout, num_rows).to(x_dtype)
+        if y is not None:
+            row_of = _places(layout, num_rows, y.device)
+            grad_scale = dot_rows(grad_y, y, row_of).view(-1).to(scale.dtype)
         return grad_x, *grad_weights, grad_scale, None, None
 
 
@@ -308,8 +297,8 @@ class SwigluExperts(torch.autograd.Function):
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
         out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
-        kept = _Kept(h, y if ctx.needs_input_grad[4] else None)
-        ctx.save_for_backward(x, topk_weights, *kept, weights.down, *weights.up)
+        y_kept = y if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(x, topk_weights, h, y_kept, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options
         return out
 
@@ -319,17 +308,17 @@ class SwigluExperts(torch.autograd.Function):
         x, topk_weights, h, y, down, *up = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
-        needs, token = _Needs(*ctx.needs_input_grad[:5]), _tokens(plan, layout)
-        grad_rows, grad_scale, *grad_weights = _backward_rows(
-            _Rows(grad_out.to(x.dtype), token),
+        token, grad_out = _tokens(plan, layout), grad_out.to(x.dtype).contiguous()
+        scale = place_rows(weights_by_row(plan.row_of, topk_weights), layout)
+        grad_rows, *grad_weights = _backward_rows(
+            _Rows(grad_out, token, scale),
             _Rows(x, token),
             _Weights(up, down),
-            place_rows(weights_by_row(plan.row_of, topk_weights), layout),
-            _Kept(h, y),
+            h,
             layout,
             ctx.options,
             w_dtype,
-            needs,
+            _Needs(*ctx.needs_input_grad[:4]),
         )
         zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
         row_of = _row_of(plan, layout)
@@ -337,9 +326,8 @@ class SwigluExperts(torch.autograd.Function):
         if grad_rows is not None:
             everything = rows_in_use(layout) == plan.num_rows
             grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
-        if grad_scale is not None:
-            grad_topk = grad_scale.to(topk_weights.dtype)[row_of.clamp(min=0)]
-            grad_topk = grad_topk.masked_fill_(row_of < 0, 0)
+        if y is not None:
+            grad_topk = dot_rows(grad_out, y, row_of).to(topk_weights.dtype)
         return grad_x, *grad_weights, grad_topk, None, None
 
 
@@ -353,6 +341,14 @@ def _tokens(plan: DispatchPlan, layout: RowLayout) -> Tensor:
     ends = torch.tensor([n for batch in layout.batches for n in batch.used]).cumsum(0)
     tokens = plan.token_of_row[ends - 1].repeat_interleave(sizes)
     return tokens.index_copy_(0, layout.position, plan.token_of_row[:used])
+
+
+def _places(layout: RowLayout, num_rows: int, device: torch.device) -> Tensor:
+    """(num_rows, 1) buffer row of each row, -1 for unused ones."""
+    position = layout.position
+    if position is None:
+        position = torch.arange(rows_in_use(layout), device=device)
+    return F.pad(position, (0, num_rows - position.numel()), value=-1).unsqueeze(-1)
 
 
 def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:
