@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launch import resolve_backend, tune_allocator
+from kernels.launch import has_compiler, resolve_backend, tune_allocator
 
 
 class Contestant(NamedTuple):
@@ -60,7 +60,8 @@ class Case(NamedTuple):
     rivals: by name.
     grad: gradient of the output. flops: of the forward pass, 0 where memory decides;
     backward_flops: as counted where such kernels are compared, None for twice as many. moved_bytes:
-    what the forward pass has to read and write. tokens: rows of the input.
+    what the forward pass has to read and write. tokens: rows of the input. compiles: whether
+    `torch_compile` is anything but `torch` here.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Case(NamedTuple):
     flops: float = 0.0
     moved_bytes: float = 0.0
     backward_flops: float | None = None
+    compiles: bool = False
 
 
 class CaseBuilder(NamedTuple):
@@ -193,11 +195,13 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def backends_for(x: Tensor) -> list[str]:
-    """The implementations of ours to time on `x`: Triton's where it compiles, and PyTorch's."""
+def backends_for(case: Case) -> list[str]:
+    """The implementations of ours to time: Triton's where it compiles, and PyTorch's."""
     # In the interpreter, only `triton` by name is taken, and its time says nothing.
-    automatic = resolve_backend("bench", "auto", x, has_triton=True)
-    return ["triton", "torch"] if automatic == "triton" else ["torch"]
+    if resolve_backend("bench", "auto", case.grad, has_triton=True) == "triton":
+        return ["triton", "torch"]
+    compiles = case.compiles and not case.grad.is_cuda and has_compiler()
+    return ["torch", "torch_compile"] if compiles else ["torch"]
 
 
 def reference_of(case: Case) -> tuple[Tensor, ...]:
@@ -218,7 +222,7 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
     expected = reference_of(case)
     result: dict[str, Any] = {"name": case.name, "contestants": {}}
     contestants: dict[str, Contestant] = {}
-    for backend in backends_for(case.grad):
+    for backend in backends_for(case):
         ours = Contestant(partial(case.ours, backend=backend), case.leaves)
         error = largest_error(ours.both(case.grad), expected)
         if not error <= tolerance:

@@ -1,21 +1,25 @@
 """Which implementation runs a kernel, in which dtype, and are its inputs what it needs?
 
-`backend` is `auto`, `triton` or `torch`, and never falls back in silence: `auto` takes Triton for a
-CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere; `triton` raises where
-there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on CPU tensors too.
+`backend` is `auto`, `triton`, `torch` or `torch_compile`, and never falls back in silence: `auto`
+takes Triton for a CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere;
+`triton` raises where there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on
+CPU tensors too. `torch_compile` is `torch` on a CPU with what `torch.compile` makes faster there
+compiled, at its first use: half a minute on a new machine, seconds later. It needs a C++ compiler.
 """
 
 import ctypes
 import functools
 import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "torch_compile")
 # Whether Triton is installed: it has no builds for some platforms.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What Triton's matrix units multiply here.
@@ -32,11 +36,12 @@ def interpreting() -> bool:
 
 
 def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool = False) -> str:
-    """Return `triton` or `torch`, the implementation of `op` that runs on `x`.
+    """Return `triton`, `torch` or `torch_compile`, the implementation of `op` that runs on `x`.
 
     Raises:
         ValueError: if `backend` is unknown, or `triton` is asked for and `op` has no such kernel or
-            `x` is neither on a GPU nor the interpreter on.
+            `x` is neither on a GPU nor the interpreter on, or `torch_compile` and `x` is not on a
+            CPU or there is no C++ compiler.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend ({backend!r}) must be one of {', '.join(BACKENDS)}")
@@ -57,8 +62,34 @@ def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool 
                 f"{op}: backend 'triton' computes in float32 at most, got {x.dtype}; use 'torch'"
             )
         return "triton"
+    if backend == "torch_compile":
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"{op}: backend 'torch_compile' is for CPUs, got {x.device.type}; use 'auto'"
+            )
+        if not has_compiler():
+            raise ValueError(
+                f"{op}: backend 'torch_compile' needs a C++ compiler, and there is no "
+                f"{_compiler()!r} (install it, or name another in CXX); use 'torch'"
+            )
+        return backend
     fits = has_triton and HAS_TRITON and x.device.type == "cuda" and x.dtype in _TRITON_DTYPES
     return "triton" if backend == "auto" and fits else "torch"
+
+
+def _compiler() -> str:
+    """The C++ compiler that `torch.compile` calls."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler here."""
+    return _is_installed(_compiler())
+
+
+@functools.cache
+def _is_installed(program: str) -> bool:
+    return shutil.which(program) is not None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -95,7 +95,7 @@ def swiglu_experts(
         topk_weights: (T, K) combine weights; 0 where the plan has no assignment.
         clamp: bound of gate and up before their product, above 0; None for none.
         save: what the backward pass keeps, see above.
-        backend: `auto`, `triton` or `torch`.
+        backend: `auto`, `triton`, `torch` or `torch_compile`.
     Returns:
         (T, D) in the dtype of the matmuls (autocast's, else that of `x`).
     Raises:
@@ -108,9 +108,11 @@ def swiglu_experts(
     check_shape("swiglu_experts", "x", x, (plan.row_of.shape[0], None))
     check_shape("swiglu_experts", "plan.expert_offsets", plan.expert_offsets, (w1.shape[0] + 1,))
     options = _options(clamp, save, x, w1, w2, w3, topk_weights)
-    if resolve_backend("swiglu_experts", backend, x, has_triton=True) == "triton":
+    chosen = resolve_backend("swiglu_experts", backend, x, has_triton=True)
+    if chosen == "triton":
         matrices, rows = (w1, w2, w3), (plan.token_of_row, plan.row_of)
         return _on_triton(x, matrices, topk_weights, plan.expert_offsets, rows, options)
+    options = options._replace(compiled=chosen == "torch_compile")
     with no_autocast(x):
         return SwigluExperts.apply(x, w1, w2, w3, topk_weights, plan, options)
 
@@ -146,10 +148,12 @@ def swiglu_experts_sorted(
     if scale is not None:
         check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))
     options = _options(clamp, save, rows, w1, w2, w3, scale)
-    if resolve_backend("swiglu_experts_sorted", backend, rows, has_triton=True) == "triton":
+    chosen = resolve_backend("swiglu_experts_sorted", backend, rows, has_triton=True)
+    if chosen == "triton":
         return _on_triton(rows, (w1, w2, w3), scale, expert_offsets, (None, None), options)
     if scale is None:
         scale = torch.ones(rows.shape[0], device=rows.device)
+    options = options._replace(compiled=chosen == "torch_compile")
     with no_autocast(rows):
         return SwigluExpertsSorted.apply(rows, w1, w2, w3, scale, expert_offsets, options)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.dispatch import permute, plan_dispatch, unpermute
+from kernels.launch import has_compiler
 from kernels.matmul import goes_to_onednn, linear
 from kernels.swiglu_experts import swiglu_experts
 
@@ -95,12 +96,16 @@ def _case(name: str, shape: Shape, routing: str, dtype: torch.dtype, device: str
     indices = choose_experts(shape, routing, device)
     leaves = x, w1, w2, w3, combine
     rivals = {
-        "dense layer of equal FLOPs": _dense(x, shape, weight, F.linear),
+        "dense layer of equal FLOPs": _dense(x, shape, weight, dense_layer),
         "F.grouped_mm": Contestant(partial(_grouped, indices), leaves),
         "loop of matmuls": Contestant(partial(expert_by_expert, indices), leaves),
     }
     if goes_to_onednn(x):
-        rivals["dense layer, our matmuls"] = _dense(x, shape, weight, linear)
+        layer = partial(dense_layer, linear=linear)
+        rivals["dense layer, our matmuls"] = _dense(x, shape, weight, layer)
+    if has_compiler() and not x.is_cuda:
+        compiled = torch.compile(dense_layer, dynamic=True)
+        rivals["dense layer, torch.compile"] = _dense(x, shape, weight, compiled)
     for library in LIBRARIES:
         if importlib.util.find_spec(library.module) and (x.is_cuda or library.runs_on_cpu):
             rivals[library.name] = library.build(leaves, indices, shape, dtype)
@@ -118,6 +123,7 @@ def _case(name: str, shape: Shape, routing: str, dtype: torch.dtype, device: str
         grad=torch.randn(shape.tokens, shape.hidden, device=device).to(dtype),
         tokens=shape.tokens,
         flops=6 * shape.tokens * shape.top_k * shape.hidden * shape.inner,
+        compiles=True,
     )
 
 
@@ -148,19 +154,23 @@ def _grouped(
     return unpermute(y, plan, combine)
 
 
-def _dense(
+def dense_layer(
     x: Tensor,
-    shape: Shape,
-    weight: Callable[..., Tensor],
-    linear: Callable[[Tensor, Tensor], Tensor],
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
+    """A SwiGLU layer without experts."""
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+
+def _dense(
+    x: Tensor, shape: Shape, weight: Callable[..., Tensor], layer: Callable[..., Tensor]
 ) -> Contestant:
     wide = shape.top_k * shape.inner
     gate, up = weight(wide, shape.hidden), weight(wide, shape.hidden)
     down = weight(shape.hidden, wide)
-
-    def layer(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return linear(F.silu(linear(x, gate)) * linear(x, up), down)
-
     return Contestant(layer, (x, gate, up, down), same=False)
 
 

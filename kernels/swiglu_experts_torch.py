@@ -23,6 +23,7 @@ from kernels.grouped_matmul import (
 )
 from kernels.launch import first_derivative_only
 from kernels.matmul import add_matmul, matmul
+from kernels.swiglu_torch import activate, activate_backward, gate_and_up
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
 NARROW = 256
@@ -32,9 +33,13 @@ GROUP_ELEMENTS = 1 << 19
 
 
 class Options(NamedTuple):
+    """clamp and save as `swiglu_experts` takes them. dtype: of the matmuls. compiled: whether
+    `torch.compile` makes one pass of the gradients of what is done element by element."""
+
     clamp: float | None
     save: str
     dtype: torch.dtype
+    compiled: bool = False
 
 
 class _Needs(NamedTuple):
@@ -139,37 +144,6 @@ def _up_projection(x: Tensor, stacks: list[Tensor], group: _Group, h: Tensor) ->
         _multiply(group, x, stack.mT, part)
 
 
-def _gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Views (n, F) of H, whichever way it is laid out."""
-    gate, up = h.unbind(0) if h.shape[0] == 2 else h[0].chunk(2, -1)
-    return gate, up
-
-
-def clamped(gate: Tensor, up: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
-    """min(gate, clamp) and clip(up, -clamp, clamp), of equal shapes; None for no clamp."""
-    return (gate, up) if clamp is None else (gate.clamp(max=clamp), up.clamp(-clamp, clamp))
-
-
-def _activate(h: Tensor, clamp: float | None) -> Tensor:
-    """A = silu(gate) * up (n, F), from H of a group."""
-    gate, up = clamped(*_gate_and_up(h), clamp)
-    return F.silu(gate) * up
-
-
-def _activate_backward(h: Tensor, grad_a: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
-    """A (n, F) anew, and the gradient of H, laid out as H, from that of A."""
-    grad_h = torch.empty_like(h)
-    (raw_gate, raw_up), (grad_gate, grad_up) = _gate_and_up(h), _gate_and_up(grad_h)
-    gate, up = clamped(raw_gate, raw_up, clamp)
-    activated = F.silu(gate)
-    torch.mul(activated, grad_a, out=grad_up)
-    torch.ops.aten.silu_backward(grad_a * up, gate, grad_input=grad_gate)
-    if clamp is not None:
-        grad_gate.masked_fill_(raw_gate > clamp, 0)
-        grad_up.masked_fill_(raw_up.abs() > clamp, 0)
-    return activated * up, grad_h
-
-
 def _empty_h(weights: _Weights, num_rows: int, like: Tensor) -> Tensor:
     return like.new_empty(len(weights.up), num_rows, weights.up[0].shape[1])
 
@@ -186,7 +160,7 @@ def _forward_rows(
         rows = group.rows
         part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
         _up_projection(x_rows.of(group), weights.up, group, part)
-        _multiply(group, _activate(part, options.clamp), weights.down.mT, y[rows])
+        _multiply(group, activate(part, options.clamp), weights.down.mT, y[rows])
     return y, h
 
 
@@ -224,14 +198,14 @@ def _backward_rows(
             h = h_kept[:, rows]
         grad_a = like.new_empty(num_rows, inner)
         _multiply(group, g, weights.down, grad_a)
-        a, grad_h = _activate_backward(h, grad_a, options.clamp)
+        a, grad_h = activate_backward(h, grad_a, options.clamp, compiled=options.compiled)
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
                 _multiply(group, part, stack, grad_x[rows], add=i > 0)
         if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
             _weight_grads(group, grad_h[0], x, (grad_w1, grad_w3))
         else:
-            for part, grad_w in zip(_gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
+            for part, grad_w in zip(gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
                 if grad_w is not None:
                     _weight_grads(group, part, x, (grad_w,))
         if grad_w2 is not None:

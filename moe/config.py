@@ -111,8 +111,8 @@ class ModelConfig(Section):
     the two). vocab_size None takes the tokenizer's, rounded up to a multiple of 64. init_std: of
     every matrix but the projections back into the residual stream, which are divided by
     sqrt(2 * num_layers). lm_z_loss_weight: on logsumexp(logits)^2 of the language-model head.
-    kernel_backend: which kernels run, `auto` (Triton on a GPU, PyTorch on a CPU), `triton` or
-    `torch`.
+    kernel_backend: which kernels run, `auto` (Triton on a GPU, PyTorch on a CPU), `triton`, `torch`
+    or `torch_compile` (PyTorch on a CPU, parts of it compiled as the run starts).
     """
 
     vocab_size: Count | None = None
@@ -123,7 +123,7 @@ class ModelConfig(Section):
     feed_forward: Literal["moe", "dense"] = "moe"
     init_std: Annotated[Real, Field(gt=0)] = 0.02
     lm_z_loss_weight: Annotated[Real, Field(ge=0)] = 0.0
-    kernel_backend: Literal["auto", "triton", "torch"] = "auto"
+    kernel_backend: Literal["auto", "triton", "torch", "torch_compile"] = "auto"
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
 

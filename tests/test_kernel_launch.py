@@ -1,5 +1,7 @@
 """Do the kernels say which implementation runs, and refuse what none can run?"""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +9,12 @@ from kernels.attention import fused_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.dispatch import plan_dispatch
 from kernels.grouped_matmul import grouped_matmul
-from kernels.launch import check_same_device, check_shape, compute_dtype, resolve_backend
+from kernels.launch import (
+    check_same_device,
+    check_shape,
+    compute_dtype,
+    resolve_backend,
+)
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.routing import fused_topk
@@ -41,7 +48,10 @@ def test_unknown_backend_is_refused_by_every_kernel(op):
     CALLS[op](backend="torch")
     with pytest.raises(ValueError) as caught:
         CALLS[op](backend="cuda")
-    assert str(caught.value) == f"{op}: backend ('cuda') must be one of auto, triton, torch"
+    assert (
+        str(caught.value)
+        == f"{op}: backend ('cuda') must be one of auto, triton, torch, torch_compile"
+    )
 
 
 def test_triton_backend_is_refused_where_there_is_no_kernel():
@@ -63,6 +73,22 @@ def test_triton_backend_is_refused_for_cpu_tensors_but_in_the_interpreter(monkey
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_backend("op", "triton", ONES(1), has_triton=True) == "triton"
     assert resolve_backend("op", "auto", ONES(1), has_triton=True) == "torch"
+
+
+def test_compiled_backend_is_refused_without_a_cpu_or_a_compiler(monkeypatch):
+    with pytest.raises(ValueError) as caught:
+        resolve_backend("op", "torch_compile", ONES(1).to("meta"))
+    assert str(caught.value) == "op: backend 'torch_compile' is for CPUs, got meta; use 'auto'"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError) as caught:
+        resolve_backend("op", "torch_compile", ONES(1))
+    message = (
+        "op: backend 'torch_compile' needs a C++ compiler, and there is no 'no-such-compiler' "
+        "(install it, or name another in CXX); use 'torch'"
+    )
+    assert str(caught.value) == message
+    monkeypatch.setenv("CXX", sys.executable)
+    assert resolve_backend("op", "torch_compile", ONES(1), has_triton=True) == "torch_compile"
 
 
 def test_auto_is_torch_on_a_cpu():

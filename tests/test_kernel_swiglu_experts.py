@@ -16,6 +16,7 @@ from conftest import (
 )
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
+from kernels.launch import has_compiler
 from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
 from kernels.swiglu_experts_torch import NARROW
 
@@ -104,6 +105,15 @@ def test_clamp_and_save_modes_equal_float64(device, case, save, clamp):
 def test_padded_rows_by_each_library_equal_float64(request, device, way, case, width):
     request.getfixturevalue(way)
     check(device, "torch", case, 63, 0.5, width=width)
+
+
+# Two clamps: a compiled kernel that is found on disk must not bring the other's along.
+@pytest.mark.parametrize("clamp", [None, 0.5, 0.8])
+@pytest.mark.parametrize("width", [WIDTH, pytest.param(NARROW + 4, marks=pytest.mark.slow)])
+def test_compiled_gradients_equal_float64(width, clamp):
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+    check("cpu", "torch_compile", "dropped", 63, clamp, width=width)
 
 
 def test_what_is_not_finite_stays_with_its_own_experts(always_batched):
@@ -241,7 +251,7 @@ def test_sorted_rows_between_permute_and_unpermute_are_the_fused_layer(device, c
         assert_equals(a, b)
 
 
-BFLOAT16 = [
+BFLOAT16 = [("torch_compile", "dropped", "x")] * has_compiler() + [
     ("torch", case, save)
     for case in ("random", "dropped", "idle experts")
     for save in ("x", "xh", "xha")

@@ -5,6 +5,7 @@ import time
 import torch
 
 from kernels.launch import resolve_backend
+from kernels.swiglu_torch import activate_backward
 from train.errors import ConfigError
 
 
@@ -33,16 +34,32 @@ def choose_precision(setting: str, device: str, *, earlier: str | None = None) -
 
 
 def choose_kernels(setting: str, device: str) -> str:
-    """`triton` or `torch`: what `model.kernel_backend` comes to on this device.
+    """`triton`, `torch` or `torch_compile`: what `model.kernel_backend` comes to on this device.
 
     Raises:
-        ConfigError: if Triton is asked for where it cannot run.
+        ConfigError: if a backend is asked for that cannot run here.
     """
     try:
         probe = torch.empty(0, device=device)
         return resolve_backend("model.kernel_backend", setting, probe, has_triton=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def compile_kernels() -> None:
+    """Have `torch_compile` compile once, which finds the compiler and fills PyTorch's cache.
+
+    Raises:
+        ConfigError: if nothing can be compiled here.
+    """
+    try:
+        activate_backward(torch.zeros(1, 2, 8), torch.zeros(2, 4), None, compiled=True)
+    except RuntimeError as error:  # a compiler that fails, no headers of Python, a full disk, ...
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.kernel_backend: torch_compile, but PyTorch cannot compile here ({reason}); "
+            f"install a C++ compiler and Python's headers, or set model.kernel_backend: torch"
+        ) from error
 
 
 def bfloat16_is_faster(device: str) -> bool:

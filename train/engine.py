@@ -36,9 +36,9 @@ class Engine(Protocol):
 
     Attributes:
         model: this rank's MoETransformer. device: where it lives. precision: `float32` or
-        `bfloat16`. kernels: `triton` or `torch`. rank, world_size: 0 and 1 without a launcher.
-        shared_out: whether each rank has fragments of the state, and not the whole. clock: of this
-        rank's work.
+        `bfloat16`. kernels: `triton`, `torch` or `torch_compile`. rank, world_size: 0 and 1 without
+        a launcher. shared_out: whether each rank has fragments of the state, and not the whole.
+        clock: of this rank's work.
     """
 
     model: MoETransformer

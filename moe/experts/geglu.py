@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from kernels.swiglu_experts_torch import clamped
+from kernels.swiglu_torch import clamped
 from moe.expert_rows import RowExperts
 from moe.variants import Real, VariantConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import DispatchPlan
 from kernels.swiglu_experts import swiglu_experts, swiglu_experts_sorted
-from kernels.swiglu_experts_torch import clamped
+from kernels.swiglu_torch import clamped
 from moe.variants import Real, VariantConfig
 
 EXAMPLES = ({"clamp": 0.5}, {"save": "x"}, {"save": "xha"})
