@@ -22,14 +22,15 @@ from kernels.grouped_matmul import (
     zero_idle_experts,
 )
 from kernels.launch import first_derivative_only
-from kernels.matmul import add_matmul, matmul
+from kernels.matmul import add_matmul, goes_to_onednn, matmul
 from kernels.swiglu_torch import activate, activate_backward, gate_and_up
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
 NARROW = 256
 # Elements of the (rows, F) temporaries of neighbouring experts that are done together, where one
-# batch has not more by itself.
-GROUP_ELEMENTS = 1 << 19
+# batch has not more by itself. Only with float32 by oneDNN does it pay to stay in the cache.
+GROUP_ELEMENTS = 1 << 24
+CACHED_ELEMENTS = 1 << 19
 
 
 class Options(NamedTuple):
@@ -105,10 +106,12 @@ class _Group(NamedTuple):
             yield batch, batch.rows(a, start), batch.rows(b, start)
 
 
-def _groups(batches: list[Batch], inner: int) -> list[_Group]:
+def _groups(batches: list[Batch], inner: int, x: Tensor) -> list[_Group]:
+    """The batches in their order, whose matmuls have a factor like x."""
+    most = CACHED_ELEMENTS if goes_to_onednn(x) else GROUP_ELEMENTS
     together: list[list[Batch]] = []
     for batch in batches:
-        if together and (batch.stop - together[-1][0].first) * inner <= GROUP_ELEMENTS:
+        if together and (batch.stop - together[-1][0].first) * inner <= most:
             together[-1].append(batch)
         else:
             together.append([batch])
@@ -156,7 +159,7 @@ def _forward_rows(
     if options.save != "x":
         h = _empty_h(weights, layout.num_rows, x_rows.source)
     y = x_rows.source.new_empty(layout.num_rows, x_rows.source.shape[1])
-    for group in _groups(layout.batches, weights.down.shape[2]):
+    for group in _groups(layout.batches, weights.down.shape[2], y):
         rows = group.rows
         part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
         _up_projection(x_rows.of(group), weights.up, group, part)
@@ -188,7 +191,7 @@ def _backward_rows(
         for needed in (needs.w1, needs.w3)
     )
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
-    for group in _groups(layout.batches, inner):
+    for group in _groups(layout.batches, inner, like):
         rows, num_rows = group.rows, group.rows.stop - group.rows.start
         x, g = x_rows.of(group), grad_y.of(group)
         if h_kept is None:
@@ -270,7 +273,8 @@ class SwigluExperts(torch.autograd.Function):
         y, h = _forward_rows(_Rows(x, _tokens(plan, layout)), weights, layout, options)
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
-        out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
+        # Detached, or more is computed for a backward pass that is not PyTorch's.
+        out = sum_rows(y, row_of, topk_weights.detach(), all_assigned=everything)  # (T, D)
         y_kept = y if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(x, topk_weights, h, y_kept, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options

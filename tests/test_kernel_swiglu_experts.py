@@ -107,6 +107,15 @@ def test_padded_rows_by_each_library_equal_float64(request, device, way, case, w
     check(device, "torch", case, 63, 0.5, width=width)
 
 
+@pytest.mark.parametrize("case", ["random", "dropped", "idle experts"])
+@pytest.mark.parametrize(("save", "width"), [("x", NARROW + 4), ("xh", WIDTH), ("xh", NARROW + 4)])
+def test_experts_by_and_by_equal_float64(monkeypatch, case, save, width):
+    """As where the rows of all experts would take too much memory at once."""
+    monkeypatch.setattr("kernels.swiglu_experts_torch.GROUP_ELEMENTS", 20 * width)
+    monkeypatch.setattr("kernels.swiglu_experts_torch.CACHED_ELEMENTS", 20 * width)
+    check("cpu", "torch", case, 63, 0.5, save, width=width)
+
+
 # Two clamps: a compiled kernel that is found on disk must not bring the other's along.
 @pytest.mark.parametrize("clamp", [None, 0.5, 0.8])
 @pytest.mark.parametrize("width", [WIDTH, pytest.param(NARROW + 4, marks=pytest.mark.slow)])
