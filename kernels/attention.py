@@ -148,7 +148,7 @@ def fused_attention(
             pass add dQ by atomics, with 5 matmuls instead of 7. The PyTorch body does not look at
             it: deterministic on a CPU, on a GPU as `scaled_dot_product_attention` is, whose
             backward pass may use atomics unless `torch.use_deterministic_algorithms` is on.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         (B, S, H, P) in the dtype of the matmuls (autocast's, else that of `q`).
     Raises:

@@ -140,7 +140,7 @@ def linear_cross_entropy(
         weight: (V, D) the head.
         labels: (T,) int64 token ids, or `ignore_index`.
         z_loss_weight: of the mean squared logsumexp, which is added to the loss.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
         debug: look at the labels first, which waits for a GPU.
     Returns:
         LinearCrossEntropy(loss, z_loss, num_tokens); `loss` is 0 where every label is ignored, and

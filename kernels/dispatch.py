@@ -53,7 +53,7 @@ def plan_dispatch(
         topk_indices: (T, K) int, experts in [0, num_experts), or -1 for no assignment. What an
             index of `num_experts` or more does is undefined.
         num_experts: E.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
         debug: look for such indices, at the price of a synchronisation.
     Returns:
         DispatchPlan; counts sum to the number of indices >= 0.
@@ -124,7 +124,8 @@ def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assign
         row_of = row_of.masked_fill(row_of < 0, rows.shape[0])
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     if weights is not None:
-        weights = weights.to(rows.dtype)
+        # Its gradient is the caller's to compute; PyTorch would prepare for one.
+        weights = weights.detach().to(rows.dtype)
     return F.embedding_bag(row_of, rows, mode="sum", per_sample_weights=weights)
 
 
@@ -132,14 +133,16 @@ def dot_rows(grad_out: Tensor, rows: Tensor, row_of: Tensor) -> Tensor:
     """(T, K) <grad_out[t], rows[row_of[t, k]]>, 0 where row_of is -1: the gradient of the weights
     of `sum_rows` from that of its result, (T, D), which must have the dtype of `rows`.
 
-    Gathers nothing and accumulates in float32; no second derivative.
+    Gathers nothing, sums in float32 and rounds to the dtype of `rows`. By an operator that PyTorch
+    keeps for its own `embedding_bag` and cannot differentiate again: `_grad_weights` does it where
+    that is needed.
     """
     num_tokens, top_k = row_of.shape
     if rows.shape[0] == 0 or row_of.numel() == 0:
         return rows.new_zeros(row_of.shape)
     token = torch.arange(num_tokens, device=rows.device).repeat_interleave(top_k)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out, rows, row_of.clamp(min=0).view(-1), token[::top_k], token, 0
+        grad_out, rows, row_of.clamp(min=0).reshape(-1), token[::top_k], token, 0
     )
     return dots.view(row_of.shape).masked_fill_(row_of < 0, 0)
 
@@ -218,7 +221,7 @@ def permute(x: Tensor, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
     Args:
         x: (T, D).
         plan: DispatchPlan of the same tokens.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         (R, D), dtype of `x`. Rows from `plan.expert_offsets[-1]` on are unused; do not read them.
     Raises:
@@ -245,7 +248,7 @@ def unpermute(
         rows: (R, D) expert outputs, sorted by expert.
         plan: DispatchPlan of the same tokens.
         topk_weights: (T, K) combine weights; a dropped assignment has weight 0.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         (T, D), dtype of `rows`.
     Raises:

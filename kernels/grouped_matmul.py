@@ -236,7 +236,7 @@ def grouped_matmul(
         rows: (R, D_in), sorted by expert.
         weight: (E, D_out, D_in), each matrix laid out as in `nn.Linear`.
         expert_offsets: (E+1,) int64, first row of each expert; `expert_offsets[E]` <= R.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         (R, D_out) in the dtype of the matmul (autocast's, else that of `rows`).
     Raises:

@@ -3,8 +3,9 @@
 `backend` is `auto`, `triton`, `torch` or `torch_compile`, and never falls back in silence: `auto`
 takes Triton for a CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere;
 `triton` raises where there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on
-CPU tensors too. `torch_compile` is `torch` on a CPU with what `torch.compile` makes faster there
-compiled, at its first use: half a minute on a new machine, seconds later. It needs a C++ compiler.
+CPU tensors too. `torch_compile` is `torch` on a CPU, where the expert layer's activation gradients
+are compiled by `torch.compile` at their first use: half a minute on a new machine, seconds later.
+It needs a C++ compiler and Python's headers; operations with nothing to compile run as on `torch`.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ def interpreting() -> bool:
 
 
 def resolve_backend(op: str, backend: str, x: torch.Tensor, *, has_triton: bool = False) -> str:
-    """Return `triton`, `torch` or `torch_compile`, the implementation of `op` that runs on `x`.
+    """Return `triton`, `torch` or `torch_compile`: what `backend` comes to for `op` on `x`.
 
     Raises:
         ValueError: if `backend` is unknown, or `triton` is asked for and `op` has no such kernel or

@@ -25,14 +25,14 @@ def load(paths: Sequence[Path] = ()) -> list[dict[str, Any]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """One table: a row for each case; milliseconds, and of rivals also ours over theirs."""
+    """One table: a row for each case; milliseconds, of rivals also our fastest over theirs."""
     names: list[str] = []
     for case in result["cases"]:
         names += [name for name in case["contestants"] if name not in names]
     ours = [name for name in names if name.startswith("ours")]
     rivals = [name for name in names if name not in ours]
     reached = _reached(result)
-    head = ["shape", *ours, *([reached[0]] if reached else []), *rivals]
+    head = ["shape", *ours[:1], *([reached[0]] if reached else []), *ours[1:], *rivals]
     lines = [_title(result), "", _row(head), _row(["---"] * len(head))]
     for case in result["cases"]:
         if "wrong" in case:
@@ -40,10 +40,11 @@ def markdown(result: Mapping[str, Any]) -> str:
             continue
         contestants = case["contestants"]
         fastest = min(contestants[name]["both_ms"] for name in ours if name in contestants)
-        cells = [case["name"], *(_time(contestants.get(name)) for name in ours)]
+        first = contestants.get(ours[0])
+        cells = [case["name"], _time(first)]
         if reached:
-            first = contestants.get(ours[0], {})
-            cells.append(reached[1].format(**first) if reached[2] in first else "")
+            cells.append(reached[1].format(**first) if first and reached[2] in first else "")
+        cells += [_time(contestants.get(name)) for name in ours[1:]]
         cells += [_time(contestants.get(name), fastest) for name in rivals]
         lines.append(_row(cells))
     return "\n".join(lines)

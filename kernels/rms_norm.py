@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         x: (..., D).
         weight: (D,).
         eps: added to the mean square.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         Shape of `x`, in autocast's dtype where that is on (the next operation is a matmul, which
         would cast it anyway), else that of `x`. Computed in float32.

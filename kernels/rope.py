@@ -57,7 +57,7 @@ def apply_rope(
         q: (B, S, H, P). k: (B, S, G, P). P even.
         positions: (S,) int.
         theta: base of the wavelengths.
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         q and k rotated, same shapes and dtypes.
     Raises:

@@ -109,7 +109,7 @@ def fused_topk(
         normalize: divide the chosen weights by their sum (so that they sum to 1).
         bias: (E,) added for the choice only.
         groups: (number of groups of neighbouring experts, groups that a token may use).
-        backend: `auto`, `triton` or `torch`.
+        backend: see `kernels.launch`.
     Returns:
         TopK(topk_weights, topk_indices, router_probs, logits_finite); gradients flow to
         `router_logits` from weights and probs. Indices are distinct and in range even where

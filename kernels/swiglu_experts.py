@@ -95,7 +95,7 @@ def swiglu_experts(
         topk_weights: (T, K) combine weights; 0 where the plan has no assignment.
         clamp: bound of gate and up before their product, above 0; None for none.
         save: what the backward pass keeps, see above.
-        backend: `auto`, `triton`, `torch` or `torch_compile`.
+        backend: see `kernels.launch`.
     Returns:
         (T, D) in the dtype of the matmuls (autocast's, else that of `x`).
     Raises:

@@ -27,9 +27,10 @@ from kernels.swiglu_torch import activate, activate_backward, gate_and_up
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
 NARROW = 256
-# Elements of the (rows, F) temporaries of neighbouring experts that are done together, where one
-# batch has not more by itself. Only with float32 by oneDNN does it pay to stay in the cache.
+# Elements of each (rows, F) temporary of neighbouring experts that are done together, where one
+# batch has not more by itself. The backward pass has eight of them at a time: 0.5 GB in float32.
 GROUP_ELEMENTS = 1 << 24
+# The same with float32 by oneDNN, where they had better stay in the cache.
 CACHED_ELEMENTS = 1 << 19
 
 
@@ -256,7 +257,7 @@ class SwigluExpertsSorted(torch.autograd.Function):
         grad_scale = None
         if grad_x is not None:
             grad_x = take_rows(grad_x, layout, num_rows).to(x_dtype)
-        if y is not None:
+        if ctx.needs_input_grad[4]:
             row_of = _places(layout, num_rows, y.device)
             grad_scale = dot_rows(grad_y, y, row_of).view(-1).to(scale.dtype)
         return grad_x, *grad_weights, grad_scale, None, None
@@ -273,8 +274,7 @@ class SwigluExperts(torch.autograd.Function):
         y, h = _forward_rows(_Rows(x, _tokens(plan, layout)), weights, layout, options)
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
-        # Detached, or more is computed for a backward pass that is not PyTorch's.
-        out = sum_rows(y, row_of, topk_weights.detach(), all_assigned=everything)  # (T, D)
+        out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
         y_kept = y if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(x, topk_weights, h, y_kept, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options
@@ -304,7 +304,7 @@ class SwigluExperts(torch.autograd.Function):
         if grad_rows is not None:
             everything = rows_in_use(layout) == plan.num_rows
             grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
-        if y is not None:
+        if ctx.needs_input_grad[4]:
             grad_topk = dot_rows(grad_out, y, row_of).to(topk_weights.dtype)
         return grad_x, *grad_weights, grad_topk, None, None
 

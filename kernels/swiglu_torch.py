@@ -96,7 +96,8 @@ def _fill_by_formula(
 
 @cache
 def _compiled_formula() -> Callable[..., None]:
-    """Compiled at the first call with each dtype, layout and clamp; PyTorch keeps it on disk."""
-    # Of which a process with several models has more than the 8 that PyTorch allows a function.
+    """Compiled at the first call with each dtype, layout of H, number of threads, and with or
+    without a clamp; PyTorch keeps what it has compiled on disk."""
+    # A process with several models needs more variants than the 8 that PyTorch allows a function.
     torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
     return torch.compile(_fill_by_formula, dynamic=True, fullgraph=True)

@@ -112,7 +112,7 @@ class ModelConfig(Section):
     every matrix but the projections back into the residual stream, which are divided by
     sqrt(2 * num_layers). lm_z_loss_weight: on logsumexp(logits)^2 of the language-model head.
     kernel_backend: which kernels run, `auto` (Triton on a GPU, PyTorch on a CPU), `triton`, `torch`
-    or `torch_compile` (PyTorch on a CPU, parts of it compiled as the run starts).
+    or `torch_compile` (PyTorch on a CPU, parts of it compiled at their first use).
     """
 
     vocab_size: Count | None = None

@@ -22,7 +22,7 @@ class RouterContext(NamedTuple):
     False for padding, which counts nowhere, or None if every token is valid; batch_shape (B, S)
     with B*S = T; training: whether noise is allowed; generator: of the noise, None for PyTorch's
     global one, which activation checkpointing replays; layer: number of the block, from 0; backend:
-    of the kernels, `auto`, `triton` or `torch`; topk_indices: (T, K) experts to take in place of
+    of the kernels, as `kernels.launch` has them; topk_indices: (T, K) experts to take in place of
     the router's own choice, -1 for none, their weights computed as ever; None: it chooses.
     noise_seeds: (B,) int64 on the CPU, in place of the generator: then the noise of a sequence
     follows from its seed and the layer alone, however a batch is split into passes and ranks.

@@ -87,8 +87,13 @@ def test_compiled_backend_is_refused_without_a_cpu_or_a_compiler(monkeypatch):
         "(install it, or name another in CXX); use 'torch'"
     )
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_every_kernel_takes_the_compiled_backend(monkeypatch, op):
+    """Whether or not it has something to compile."""
     monkeypatch.setenv("CXX", sys.executable)
-    assert resolve_backend("op", "torch_compile", ONES(1), has_triton=True) == "torch_compile"
+    CALLS[op](backend="torch_compile")
 
 
 def test_auto_is_torch_on_a_cpu():

@@ -116,13 +116,45 @@ def test_experts_by_and_by_equal_float64(monkeypatch, case, save, width):
     check("cpu", "torch", case, 63, 0.5, save, width=width)
 
 
+@pytest.fixture
+def compiler():
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+
+
 # Two clamps: a compiled kernel that is found on disk must not bring the other's along.
 @pytest.mark.parametrize("clamp", [None, 0.5, 0.8])
 @pytest.mark.parametrize("width", [WIDTH, pytest.param(NARROW + 4, marks=pytest.mark.slow)])
-def test_compiled_gradients_equal_float64(width, clamp):
-    if not has_compiler():
-        pytest.skip("no C++ compiler")
+def test_compiled_gradients_equal_float64(compiler, width, clamp):
     check("cpu", "torch_compile", "dropped", 63, clamp, width=width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_compiled_gradients_of_experts_by_and_by_equal_float64(compiler, monkeypatch, rows, width):
+    """Whose parts of a kept H begin anywhere, and have a single row too."""
+    monkeypatch.setattr("kernels.swiglu_experts_torch.GROUP_ELEMENTS", rows * width)
+    monkeypatch.setattr("kernels.swiglu_experts_torch.CACHED_ELEMENTS", rows * width)
+    for num_tokens in (2, 63):
+        check("cpu", "torch_compile", "random", num_tokens, 0.5, width=width)
+
+
+def test_compiled_gradients_of_sorted_rows_are_those_of_the_layer(compiler):
+    _, plan, tensors = inputs("random", 63, "cpu")
+    grad, results = randn(63, D, seed=5, device="cpu"), []
+    for _ in range(2):
+        ours_in = leaves(*tensors)
+        x, w1, w2, w3, weights = ours_in
+        rows = swiglu_experts_sorted(
+            permute(x, plan), w1, w2, w3, plan.expert_offsets, backend="torch_compile"
+        )
+        results.append(gradients(unpermute(rows, plan, weights), grad, *ours_in))
+    fused_in = leaves(*tensors)
+    fused = swiglu_experts(*fused_in[:4], plan, fused_in[4], backend="torch_compile")
+    for once, again, expected in zip(*results, gradients(fused, grad, *fused_in), strict=True):
+        assert torch.equal(once, again)
+        assert_equals(once, expected)
 
 
 def test_what_is_not_finite_stays_with_its_own_experts(always_batched):
@@ -260,7 +292,7 @@ def test_sorted_rows_between_permute_and_unpermute_are_the_fused_layer(device, c
         assert_equals(a, b)
 
 
-BFLOAT16 = [("torch_compile", "dropped", "x")] * has_compiler() + [
+BFLOAT16 = [
     ("torch", case, save)
     for case in ("random", "dropped", "idle experts")
     for save in ("x", "xh", "xha")
@@ -273,10 +305,18 @@ BFLOAT16 = [("torch_compile", "dropped", "x")] * has_compiler() + [
 def test_bfloat16_by_autocast_is_as_exact_as_eager(device, backend, case, save):
     if backend == "triton":
         pytest.importorskip("triton")
+    check_bfloat16(device, backend, case, save)
+
+
+def test_compiled_bfloat16_by_autocast_is_as_exact_as_eager(compiler):
+    check_bfloat16("cpu", "torch_compile", "dropped", "x")
+
+
+def check_bfloat16(device, backend, case, save):
     indices, plan, tensors = inputs(case, 128, device, hidden=64, width=96)
     ours_in, eager_in = leaves(*tensors), leaves(*tensors)
     exact_in = leaves(*tensors, dtype=torch.float64)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save, backend=backend)
         theirs = eager(*eager_in, indices)
     exact = oracle(*exact_in, indices)

@@ -1,6 +1,7 @@
 """On which device does this process run, in which precision, and on which kernels?"""
 
 import time
+from functools import cache
 
 import torch
 
@@ -36,26 +37,29 @@ def choose_precision(setting: str, device: str, *, earlier: str | None = None) -
 def choose_kernels(setting: str, device: str) -> str:
     """`triton`, `torch` or `torch_compile`: what `model.kernel_backend` comes to on this device.
 
+    `torch_compile` is tried once, which takes up to half a minute on a new machine.
+
     Raises:
         ConfigError: if a backend is asked for that cannot run here.
     """
     try:
         probe = torch.empty(0, device=device)
-        return resolve_backend("model.kernel_backend", setting, probe, has_triton=True)
+        chosen = resolve_backend("model.kernel_backend", setting, probe, has_triton=True)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if chosen == "torch_compile":
+        _try_compiler()
+    return chosen
 
 
-def compile_kernels() -> None:
-    """Have `torch_compile` compile once, which finds the compiler and fills PyTorch's cache.
-
-    Raises:
-        ConfigError: if nothing can be compiled here.
-    """
+@cache
+def _try_compiler() -> None:
     try:
         activate_backward(torch.zeros(1, 2, 8), torch.zeros(2, 4), None, compiled=True)
     except RuntimeError as error:  # a compiler that fails, no headers of Python, a full disk, ...
-        reason = str(error).strip().partition("\n")[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A compiler says what is missing amid pages of flags.
+        reason = next((line for line in lines if "error: " in line), lines[0])
         raise ConfigError(
             f"model.kernel_backend: torch_compile, but PyTorch cannot compile here ({reason}); "
             f"install a C++ compiler and Python's headers, or set model.kernel_backend: torch"

@@ -20,7 +20,7 @@ from train.checkpoint import Checkpoint, RunLock, find_checkpoint, save_checkpoi
 from train.config import ParallelConfig, RunConfig, dump_config, load_config
 from train.data import PreparedData, check_sources, describe, prepare_data
 from train.deepspeed_config import check_user_settings
-from train.device import choose_device, choose_kernels, choose_precision, compile_kernels
+from train.device import choose_device, choose_kernels, choose_precision
 from train.engine import Engine, build_engine
 from train.errors import ConfigError, NonFiniteError
 from train.figures import domain_expert_map, save_figure
@@ -192,9 +192,8 @@ def prepare(config: RunConfig, status: StatusLine, ranks: Ranks | None = None) -
     run_dir = Path(config.output_dir)
     found = find_checkpoint(run_dir, config.checkpoint.resume, warner(status), ranks)
     if config.model.kernel_backend == "torch_compile":
-        choose_kernels(config.model.kernel_backend, choose_device(config.training.device))
-        status.message("compiling kernels: up to half a minute on a new machine")
-        compile_kernels()
+        status.message("trying to compile kernels: up to half a minute on a new machine")
+    choose_kernels(config.model.kernel_backend, choose_device(config.training.device))
     data = prepare_data(config.data, config.tokenizer, progress=sys.stderr.isatty())
     status.message(describe(data))
     model = with_vocab_size(config.model, data.tokenizer.vocab_size)
