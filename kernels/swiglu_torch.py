@@ -9,8 +9,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.launch import at_least_float32
+
+MAX_VARIANTS = 64
 
 
 def gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,10 +42,12 @@ def activate_backward(
     five passes and rounds once. The forward pass, of two, gains nothing.
     """
     a, grad_h = torch.empty_like(grad_a), torch.empty_like(h)
-    # For a single row the compiler would make another kernel.
-    if compiled and len(grad_a) > 1:
+    # For a single row the compiler would make another kernel, and what looks at each operator, to
+    # count or to trace it, must find one.
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if compiled and len(grad_a) > 1 and not watched:
         # A tensor: with another number PyTorch 2.13 finds the kernel of the first one on disk.
-        bound = None if clamp is None else torch.tensor(clamp, dtype=torch.float64)
+        bound = None if clamp is None else torch.tensor(clamp, dtype=torch.float64, device=h.device)
         _compiled_formula()(*gate_and_up(h), grad_a, a, *gate_and_up(grad_h), bound)
     else:
         _fill_by_passes(*gate_and_up(h), grad_a, a, *gate_and_up(grad_h), clamp)
@@ -94,10 +99,16 @@ def _fill_by_formula(
     grad_up.copy_(of_up)
 
 
-@cache
 def _compiled_formula() -> Callable[..., None]:
     """Compiled at the first call with each dtype, layout of H, number of threads, and with or
     without a clamp; PyTorch keeps what it has compiled on disk."""
-    # A process with several models needs more variants than the 8 that PyTorch allows a function.
-    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+    # A process with several models needs more variants than the 8 that PyTorch allows a function,
+    # in each thread anew.
+    if torch.compiler.config.recompile_limit < MAX_VARIANTS:
+        torch.compiler.config.recompile_limit = MAX_VARIANTS
+    return _compile()
+
+
+@cache
+def _compile() -> Callable[..., None]:
     return torch.compile(_fill_by_formula, dynamic=True, fullgraph=True)
