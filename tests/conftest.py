@@ -71,6 +71,15 @@ def backend(request) -> str:
 
 
 @pytest.fixture
+def compiler():
+    """A C++ compiler for `torch.compile`."""
+    from kernels.launch import has_compiler
+
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fill every tensor that is allocated without values with NaN: what is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

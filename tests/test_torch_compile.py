@@ -4,7 +4,6 @@ import pytest
 from training_cases import Recorder, run
 
 import train.device
-from kernels.launch import has_compiler
 
 COMPILED = {
     "model.kernel_backend": "torch_compile",
@@ -29,9 +28,7 @@ def fail(*args, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_goes_the_same_way(tmp_path, capsys, precision):
-    if not has_compiler():
-        pytest.skip("no C++ compiler")
+def test_a_run_goes_the_same_way(compiler, tmp_path, capsys, precision):
     steps = {}
     for backend in ("torch", "torch_compile"):
         changes = COMPILED | {"model.kernel_backend": backend, "training.precision": precision}

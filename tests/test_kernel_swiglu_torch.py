@@ -1,0 +1,31 @@
+"""Do compiled activation gradients equal those by passes, wherever they are asked for?"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from conftest import assert_equals, randn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.swiglu_torch import MAX_VARIANTS, activate_backward
+
+
+def test_under_a_counter_in_a_thread_and_whatever_the_default_device(compiler):
+    h, grad_a = randn(1, 6, 40, seed=1, device="cpu"), randn(6, 20, seed=2, device="cpu")
+    expected = activate_backward(h, grad_a, 0.5, compiled=False)
+
+    def differentiate():
+        gradients = activate_backward(h, grad_a, 0.5, compiled=True)
+        return *gradients, torch.compiler.config.recompile_limit
+
+    results = [differentiate()]
+    with FlopCounterMode(display=False):
+        results.append(differentiate())
+    results.append(differentiate())  # PyTorch has not given the function up
+    with torch.device("meta"):
+        results.append(differentiate())
+    with ThreadPoolExecutor(1) as thread:
+        results.append(thread.submit(differentiate).result())
+    for *ours, limit in results:
+        assert limit >= MAX_VARIANTS
+        for actual, passes in zip(ours, expected, strict=True):
+            assert_equals(actual, passes.double())
