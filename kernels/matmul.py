@@ -45,8 +45,9 @@ def prefers_onednn() -> bool:
 
 def goes_to_onednn(x: Tensor) -> bool:
     """Whether products of `x` that are large enough go to oneDNN by this file's doing."""
-    narrow = torch.is_autocast_enabled("cpu")
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not narrow and prefers_onednn()
+    if not prefers_onednn() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,12 +66,12 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return out.copy_(matmul(a, b))
     if a.dim() == 3:
         return torch.bmm(a, b, out=out)
+    if not goes_to_onednn(a):
+        return torch.mm(a, b, out=out)
     rows, columns = a.shape[0], b.shape[1]
     transposed = a.stride(1) != 1
-    if (
-        rows * columns * a.shape[1] < MIN_MULTIPLICATIONS
-        or (transposed and max(rows, columns) < MIN_GRADIENT_SIZE)
-        or not goes_to_onednn(a)
+    if rows * columns * a.shape[1] < MIN_MULTIPLICATIONS or (
+        transposed and max(rows, columns) < MIN_GRADIENT_SIZE
     ):
         return torch.mm(a, b, out=out)
     # The first factor is copied unless its rows are contiguous: then rather the smaller one.

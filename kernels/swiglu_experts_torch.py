@@ -4,7 +4,6 @@ One matmul an expert over its rows, which lie together, or a batched one of neig
 about as many; what is done element by element runs over neighbouring experts at once.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,13 +15,15 @@ from kernels.grouped_matmul import (
     Batch,
     RowLayout,
     layout_rows,
+    multiply_rows,
     place_rows,
     rows_in_use,
     take_rows,
+    weight_gradients,
     zero_idle_experts,
 )
 from kernels.launch import first_derivative_only
-from kernels.matmul import add_matmul, goes_to_onednn, matmul
+from kernels.matmul import goes_to_onednn
 from kernels.swiglu_torch import activate, activate_backward, gate_and_up
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
@@ -100,12 +101,6 @@ class _Group(NamedTuple):
     rows: slice
     batches: list[Batch]
 
-    def of_batches(self, a: Tensor, b: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Each batch, and its views of two buffers of the group's rows."""
-        start = self.rows.start
-        for batch in self.batches:
-            yield batch, batch.rows(a, start), batch.rows(b, start)
-
 
 def _groups(batches: list[Batch], inner: int, x: Tensor) -> list[_Group]:
     """The batches in their order, whose matmuls have a factor like x."""
@@ -119,33 +114,10 @@ def _groups(batches: list[Batch], inner: int, x: Tensor) -> list[_Group]:
     return [_Group(slice(group[0].first, group[-1].stop), group) for group in together]
 
 
-def _multiply(
-    group: _Group, rows: Tensor, stack: Tensor, out: Tensor, *, add: bool = False
-) -> None:
-    """out = rows @ the matrix of their expert, or out += that; rows and out are of the group."""
-    for batch, part, result in group.of_batches(rows, out):
-        if add:
-            add_matmul(result, part, batch.of(stack))
-        else:
-            matmul(part, batch.of(stack), out=result)
-
-
-def _weight_grads(group: _Group, grad: Tensor, rows: Tensor, stacks: tuple[Tensor, ...]) -> None:
-    """Write grad^T @ rows of each expert of the group to its slice of the stacks, which share the
-    columns of grad."""
-    for batch, g, x in group.of_batches(grad, rows):
-        if len(stacks) == 1:
-            matmul(g.mT, x, out=batch.of(stacks[0]))
-        else:
-            product = matmul(g.mT, x).chunk(len(stacks), -2)
-            for stack, grad_w in zip(stacks, product, strict=True):
-                batch.of(stack).copy_(grad_w)
-
-
 def _up_projection(x: Tensor, stacks: list[Tensor], group: _Group, h: Tensor) -> None:
     """Fill H of the group: gate and up (2, n, F) of two stacks, or both (1, n, 2F) of one."""
     for part, stack in zip(h, stacks, strict=True):
-        _multiply(group, x, stack.mT, part)
+        multiply_rows(x, stack.mT, part, group.batches)
 
 
 def _empty_h(weights: _Weights, num_rows: int, like: Tensor) -> Tensor:
@@ -164,7 +136,12 @@ def _forward_rows(
         rows = group.rows
         part = _empty_h(weights, rows.stop - rows.start, y) if h is None else h[:, rows]
         _up_projection(x_rows.of(group), weights.up, group, part)
-        _multiply(group, activate(part, options.clamp), weights.down.mT, y[rows])
+        multiply_rows(
+            activate(part, options.clamp, compiled=options.compiled),
+            weights.down.mT,
+            y[rows],
+            group.batches,
+        )
     return y, h
 
 
@@ -193,27 +170,27 @@ def _backward_rows(
     )
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
     for group in _groups(layout.batches, inner, like):
-        rows, num_rows = group.rows, group.rows.stop - group.rows.start
+        rows, batches = group.rows, group.batches
         x, g = x_rows.of(group), grad_y.of(group)
         if h_kept is None:
-            h = _empty_h(weights, num_rows, like)
+            h = _empty_h(weights, len(x), like)
             _up_projection(x, weights.up, group, h)
         else:
             h = h_kept[:, rows]
-        grad_a = like.new_empty(num_rows, inner)
-        _multiply(group, g, weights.down, grad_a)
+        grad_a = like.new_empty(len(x), inner)
+        multiply_rows(g, weights.down, grad_a, batches)
         a, grad_h = activate_backward(h, grad_a, options.clamp, compiled=options.compiled)
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
-                _multiply(group, part, stack, grad_x[rows], add=i > 0)
+                multiply_rows(part, stack, grad_x[rows], batches, add=i > 0)
         if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
-            _weight_grads(group, grad_h[0], x, (grad_w1, grad_w3))
+            weight_gradients(grad_h[0], x, (grad_w1, grad_w3), batches)
         else:
             for part, grad_w in zip(gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
                 if grad_w is not None:
-                    _weight_grads(group, part, x, (grad_w,))
+                    weight_gradients(part, x, (grad_w,), batches)
         if grad_w2 is not None:
-            _weight_grads(group, g, a, (grad_w2,))
+            weight_gradients(g, a, (grad_w2,), batches)
     return grad_x, grad_w1, grad_w2, grad_w3
 
 

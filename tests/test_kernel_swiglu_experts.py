@@ -517,7 +517,7 @@ def test_half_a_stack_of_frozen_experts_goes_to_onednn(device, always_onednn, fr
 @pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
 @pytest.mark.parametrize("width", [WIDTH, NARROW + 4])
 def test_no_product_is_made_for_what_is_frozen(layer, width, monkeypatch):
-    from kernels import swiglu_experts_torch as module
+    from kernels import grouped_matmul as module
 
     _, plan, tensors = inputs("all experts", 9, "cpu", width=width)
     results, matmul = [], module.matmul

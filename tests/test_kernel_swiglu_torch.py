@@ -1,4 +1,4 @@
-"""Do compiled activation gradients equal those by passes, wherever they are asked for?"""
+"""Do compiled activations and gradients equal those by passes, wherever they are asked for?"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,25 +6,26 @@ import torch
 from conftest import assert_equals, randn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.swiglu_torch import MAX_VARIANTS, activate_backward
+from kernels.swiglu_torch import MAX_VARIANTS, activate, activate_backward
 
 
 def test_under_a_counter_in_a_thread_and_whatever_the_default_device(compiler):
     h, grad_a = randn(1, 6, 40, seed=1, device="cpu"), randn(6, 20, seed=2, device="cpu")
-    expected = activate_backward(h, grad_a, 0.5, compiled=False)
 
-    def differentiate():
-        gradients = activate_backward(h, grad_a, 0.5, compiled=True)
-        return *gradients, torch.compiler.config.recompile_limit
+    def both_ways(compiled=True):
+        a = activate(h, 0.5, compiled=compiled)
+        gradients = activate_backward(h, grad_a, 0.5, compiled=compiled)
+        return a, *gradients, torch.compiler.config.recompile_limit
 
-    results = [differentiate()]
+    *expected, _ = both_ways(compiled=False)
+    results = [both_ways()]
     with FlopCounterMode(display=False):
-        results.append(differentiate())
-    results.append(differentiate())  # PyTorch has not given the function up
+        results.append(both_ways())
+    results.append(both_ways())  # PyTorch has not given the functions up
     with torch.device("meta"):
-        results.append(differentiate())
+        results.append(both_ways())
     with ThreadPoolExecutor(1) as thread:
-        results.append(thread.submit(differentiate).result())
+        results.append(thread.submit(both_ways).result())
     for *ours, limit in results:
         assert limit >= MAX_VARIANTS
         for actual, passes in zip(ours, expected, strict=True):
