@@ -357,7 +357,7 @@ def machine_facts(device: str) -> dict[str, Any]:
         "device": device,
         "chip": chip_name(device),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[1]),
     }
     try:
         import triton
@@ -368,14 +368,20 @@ def machine_facts(device: str) -> dict[str, Any]:
     return facts | {"python": platform.python_version(), "threads": torch.get_num_threads()}
 
 
-def _commit() -> str | None:
-    """Of this checkout; None without git."""
+def commit_of(checkout: Path) -> str | None:
+    """The commit that is checked out, with `-dirty` behind it where tracked files are changed,
+    except results, which each benchmark writes; None without git."""
     if shutil.which("git") is None:
         return None
-    command = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
-    said = subprocess.run(command, capture_output=True, text=True, cwd=here)
-    return said.stdout.strip() or None
+
+    def git(*command: str) -> str:
+        said = subprocess.run(["git", *command], capture_output=True, text=True, cwd=checkout)
+        return said.stdout.strip()
+
+    code = "--", ".", ":(exclude)kernels/results"
+    changed = git("status", "--porcelain", "--untracked-files=no", *code)
+    commit = git("describe", "--always")
+    return (commit + "-dirty" * bool(changed)) or None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,9 @@
 
 import importlib.machinery
 import json
+import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -279,3 +282,23 @@ def test_tables_in_the_readme_are_those_of_the_committed_results():
 def test_a_leaf_takes_gradients():
     x = leaf(3, 2, std=0.5, dtype=torch.bfloat16, device="cpu")
     assert x.requires_grad and x.is_leaf and x.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_written_results_leave_the_checkout_clean_and_changed_code_does_not(tmp_path):
+    def git(*command):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True, capture_output=True)
+
+    result, code = tmp_path / "kernels/results/a.json", tmp_path / "kernels/a.py"
+    result.parent.mkdir(parents=True)
+    for file in (result, code):
+        file.write_text("1")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
+    result.write_text("2")
+    (tmp_path / "new.txt").write_text("1")
+    clean = bench.commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    code.write_text("2")
+    assert bench.commit_of(tmp_path) == f"{clean}-dirty"
