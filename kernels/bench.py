@@ -370,7 +370,7 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 def commit_of(checkout: Path) -> str | None:
     """The commit that is checked out, with `-dirty` behind it where tracked files are changed,
-    except results, which each benchmark writes; None without git."""
+    except the results and README.md's tables of them; None without git."""
     if shutil.which("git") is None:
         return None
 
@@ -378,7 +378,7 @@ def commit_of(checkout: Path) -> str | None:
         said = subprocess.run(["git", *command], capture_output=True, text=True, cwd=checkout)
         return said.stdout.strip()
 
-    code = "--", ".", ":(exclude)kernels/results"
+    code = "--", ".", ":(exclude)kernels/results", ":(exclude)README.md"
     changed = git("status", "--porcelain", "--untracked-files=no", *code)
     commit = git("describe", "--always")
     return (commit + "-dirty" * bool(changed)) or None

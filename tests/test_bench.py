@@ -291,12 +291,14 @@ def test_written_results_leave_the_checkout_clean_and_changed_code_does_not(tmp_
 
     result, code = tmp_path / "kernels/results/a.json", tmp_path / "kernels/a.py"
     result.parent.mkdir(parents=True)
-    for file in (result, code):
+    readme = tmp_path / "README.md"
+    for file in (result, code, readme):
         file.write_text("1")
     git("init")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
     result.write_text("2")
+    readme.write_text("2")
     (tmp_path / "new.txt").write_text("1")
     clean = bench.commit_of(tmp_path)
     assert re.fullmatch("[0-9a-f]{7,}", clean)
