@@ -3,9 +3,10 @@
 `backend` is `auto`, `triton`, `torch` or `torch_compile`, and never falls back in silence: `auto`
 takes Triton for a CUDA tensor where the operation has a Triton kernel and PyTorch elsewhere;
 `triton` raises where there is none. In Triton's interpreter (TRITON_INTERPRET=1) `triton` runs on
-CPU tensors too. `torch_compile` is `torch` on a CPU, where the expert layer's activation gradients
-are compiled by `torch.compile` at their first use: half a minute on a new machine, seconds later.
-It needs a C++ compiler and Python's headers; operations with nothing to compile run as on `torch`.
+CPU tensors too. `torch_compile` is `torch` on a CPU, where the expert layer's activations and their
+gradients are compiled by `torch.compile` at their first use: half a minute on a new machine,
+seconds later. It needs a C++ compiler and Python's headers; operations with nothing to compile run
+as on `torch`.
 """
 
 import ctypes
