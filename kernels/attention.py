@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
+    check_floating,
+    check_integers,
     check_same_device,
     check_shape,
     compute_dtype,
@@ -152,8 +154,8 @@ def fused_attention(
     Returns:
         (B, S, H, P) in the dtype of the matmuls (autocast's, else that of `q`).
     Raises:
-        ValueError: if shapes or devices do not fit, `window` is not positive, or `triton` is asked
-            for with P above 256.
+        ValueError: if shapes, dtypes or devices do not fit, `window` is no positive integer, or
+            `triton` is asked for with P above 256.
     Source: Vaswani et al., arXiv 1706.03762; grouped queries: Ainslie et al., arXiv 2305.13245.
     """
     implementation = _check(q, k, v, document_ids, window, backend)
@@ -200,23 +202,23 @@ def _check(
     batch, num_queries, num_heads, head_dim = q.shape
     check_shape(op, "k", k, (batch, None, None, head_dim))
     check_shape(op, "v", v, tuple(k.shape))
+    check_floating(op, q=q, k=k, v=v)
     num_keys, num_kv_heads = k.shape[1:3]
     if not num_kv_heads or not head_dim:
-        raise ValueError(
-            f"{op}: {num_kv_heads} key-value heads of size {head_dim}: needs one at least"
-        )
+        raise ValueError(f"{op}: k has {num_kv_heads} heads of size {head_dim}, needs one at least")
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"{op}: {num_heads} query heads cannot share {num_kv_heads} key-value heads"
+            f"{op}: q has {num_heads} heads, must be a multiple of those of k ({num_kv_heads})"
         )
     if num_keys < num_queries:
-        raise ValueError(f"{op}: {num_queries} queries but only {num_keys} keys")
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window ({window}) must be at least 1")
+        raise ValueError(
+            f"{op}: q has {num_queries} positions, must have at most those of k ({num_keys})"
+        )
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"{op}: window ({window}) must be an integer of at least 1, or None")
     if document_ids is not None:
         check_shape(op, "document_ids", document_ids, (batch, num_keys))
-        if document_ids.is_floating_point():
-            raise ValueError(f"{op}: document_ids is {document_ids.dtype}, needs integers")
+        check_integers(op, document_ids=document_ids)
     check_same_device(op, q=q, k=k, v=v, document_ids=document_ids)
     if backend == "triton" and head_dim > TRITON_HEAD_DIM:
         raise ValueError(

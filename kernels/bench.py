@@ -370,7 +370,7 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 def commit_of(checkout: Path) -> str | None:
     """The commit that is checked out, with `-dirty` behind it where tracked files are changed,
-    except the results and README.md's tables of them; None without git."""
+    except results and README.md, into which benchmarks write; None without git or a commit."""
     if shutil.which("git") is None:
         return None
 
@@ -378,10 +378,12 @@ def commit_of(checkout: Path) -> str | None:
         said = subprocess.run(["git", *command], capture_output=True, text=True, cwd=checkout)
         return said.stdout.strip()
 
-    code = "--", ".", ":(exclude)kernels/results", ":(exclude)README.md"
-    changed = git("status", "--porcelain", "--untracked-files=no", *code)
     commit = git("describe", "--always")
-    return (commit + "-dirty" * bool(changed)) or None
+    if not commit:
+        return None
+    paths = "--", ".", ":(exclude)kernels/results", ":(exclude)README.md"
+    changed = git("status", "--porcelain", "--untracked-files=no", *paths)
+    return f"{commit}-dirty" if changed else commit
 
 
 def main(argv: list[str] | None = None) -> int:

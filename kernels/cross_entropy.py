@@ -20,6 +20,8 @@ from torch import Tensor
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     at_least_float32,
+    check_floating,
+    check_integers,
     check_same_device,
     check_shape,
     compute_dtype,
@@ -146,14 +148,18 @@ def linear_cross_entropy(
         LinearCrossEntropy(loss, z_loss, num_tokens); `loss` is 0 where every label is ignored, and
         alone carries a gradient. Softmax and sums are in float32.
     Raises:
-        ValueError: if shapes or devices do not fit, or with `debug` if a label is neither of the V
-            nor `ignore_index`; without it, Triton's loss is NaN then.
+        ValueError: if shapes, dtypes or devices do not fit, or with `debug` if a label is neither
+            of the V nor `ignore_index`; without it, Triton's loss is NaN then.
     Source: the gradient in the forward pass as in Liger-Kernel, arXiv 2410.10989.
     """
     check_shape("linear_cross_entropy", "weight", weight, (None, None))
     check_shape("linear_cross_entropy", "x", x, (None, weight.shape[1]))
     check_shape("linear_cross_entropy", "labels", labels, (x.shape[0],))
+    check_floating("linear_cross_entropy", x=x, weight=weight)
+    check_integers("linear_cross_entropy", labels=labels)
     check_same_device("linear_cross_entropy", x=x, weight=weight, labels=labels)
+    if not weight.shape[0]:
+        raise ValueError("linear_cross_entropy: weight has no rows, needs one at least")
     if debug:
         _check_labels(labels, weight.shape[0], ignore_index)
     dtype = compute_dtype(x)

@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_same_device, check_shape, resolve_backend
+from kernels.launch import (
+    check_floating,
+    check_integers,
+    check_same_device,
+    check_shape,
+    resolve_backend,
+)
 
 # The Triton plan counts in shared memory: four bytes for each expert.
 MAX_EXPERTS_TRITON = 8192
@@ -51,24 +57,28 @@ def plan_dispatch(
 
     Args:
         topk_indices: (T, K) int, experts in [0, num_experts), or -1 for no assignment. What an
-            index of `num_experts` or more does is undefined.
+            index of `num_experts` or more does is undefined; below -1 it counts as -1.
         num_experts: E.
         backend: see `kernels.launch`.
         debug: look for such indices, at the price of a synchronisation.
     Returns:
         DispatchPlan; counts sum to the number of indices >= 0.
     Raises:
-        ValueError: if `topk_indices` is not a (T, K) integer tensor; in debug, if an index is too
-            large.
+        ValueError: if `topk_indices` is not a (T, K) integer tensor, or `num_experts` below 1; in
+            debug, if an index is out of range.
     """
     check_shape("plan_dispatch", "topk_indices", topk_indices, (None, None))
-    if topk_indices.is_floating_point() or topk_indices.dtype == torch.bool:
-        raise ValueError(f"plan_dispatch: topk_indices must be integers, got {topk_indices.dtype}")
-    if debug and topk_indices.numel() and (largest := int(topk_indices.max())) >= num_experts:
-        raise ValueError(
-            f"plan_dispatch: topk_indices holds {largest}, must be below num_experts "
-            f"({num_experts}); -1 stands for no assignment"
-        )
+    check_integers("plan_dispatch", topk_indices=topk_indices)
+    if num_experts < 1:
+        raise ValueError(f"plan_dispatch: num_experts ({num_experts}) must be at least 1")
+    if debug and topk_indices.numel():
+        lowest, highest = (int(index) for index in topk_indices.aminmax())
+        if lowest < -1 or highest >= num_experts:
+            wrong = highest if highest >= num_experts else lowest
+            raise ValueError(
+                f"plan_dispatch: topk_indices holds {wrong}, must be below num_experts "
+                f"({num_experts}); -1 stands for no assignment"
+            )
     if _plan_backend(backend, topk_indices, num_experts) == "triton":
         from kernels.dispatch_triton import plan_dispatch_op
 
@@ -225,9 +235,11 @@ def permute(x: Tensor, plan: DispatchPlan, *, backend: str = "auto") -> Tensor:
     Returns:
         (R, D), dtype of `x`. Rows from `plan.expert_offsets[-1]` on are unused; do not read them.
     Raises:
-        ValueError: if `x` has not as many tokens as the plan, or lies on another device.
+        ValueError: if `x` has not as many tokens as the plan, is no floating-point tensor, or lies
+            on another device.
     """
     check_shape("permute", "x", x, (plan.row_of.shape[0], None))
+    check_floating("permute", x=x)
     check_same_device("permute", x=x, **plan.named())
     if resolve_backend("permute", backend, x, has_triton=True) == "triton":
         from kernels.dispatch_triton import permute_op
@@ -253,11 +265,12 @@ def unpermute(
         (T, D), dtype of `rows`.
     Raises:
         ValueError: if `rows` has not `plan.num_rows` rows, `topk_weights` another shape than
-            `plan.row_of`, or they lie on different devices.
+            `plan.row_of`, they are no floating-point tensors, or lie on different devices.
     Source: Gale et al., MegaBlocks, arXiv 2211.15841, section 5.2.
     """
     check_shape("unpermute", "rows", rows, (plan.num_rows, None))
     check_shape("unpermute", "topk_weights", topk_weights, tuple(plan.row_of.shape))
+    check_floating("unpermute", rows=rows, topk_weights=topk_weights)
     check_same_device("unpermute", rows=rows, topk_weights=topk_weights, **plan.named())
     if resolve_backend("unpermute", backend, rows, has_triton=True) == "triton":
         from kernels.dispatch_triton import unpermute_op

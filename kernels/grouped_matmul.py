@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
+    check_floating,
+    check_integers,
+    check_offsets,
     check_same_device,
     check_shape,
     compute_dtype,
@@ -191,12 +194,14 @@ def _row_views(buffer: Tensor, batches: list[Batch]) -> list[Tensor]:
 
 def _matrix_views(stack: Tensor, batches: list[Batch]) -> list[Tensor]:
     """Views of a stack (E, N, K): (B, N, K) of a batch, (N, K) of an expert alone."""
-    firsts = ((batch.expert, len(batch.used)) for batch in batches)
-    return [stack[e] if number == 1 else stack[e : e + number] for e, number in firsts]
+    return [
+        stack[batch.expert]
+        if len(batch.used) == 1
+        else stack[batch.expert : batch.expert + len(batch.used)]
+        for batch in batches
+    ]
 
 
-# Below, the views are made before the products: made between them, they delayed each, and layers
-# of 64 small experts took 2 to 4 % longer.
 def multiply_rows(
     rows: Tensor, stack: Tensor, out: Tensor, batches: list[Batch], *, add: bool = False
 ) -> None:
@@ -205,12 +210,14 @@ def multiply_rows(
     rows: (R, D_in), out: (R, D_out), which both begin with the first batch. stack: (E, D_in,
     D_out).
     """
+    # All views before the products: made between them they delay each, and layers of 64 small
+    # experts take 2 to 4 % longer.
     views = _row_views(rows, batches), _matrix_views(stack, batches), _row_views(out, batches)
-    for part, matrix, result in zip(*views, strict=True):
+    for x, matrix, y in zip(*views, strict=True):
         if add:
-            add_matmul(result, part, matrix)
+            add_matmul(y, x, matrix)
         else:
-            matmul(part, matrix, out=result)
+            matmul(x, matrix, out=y)
 
 
 def weight_gradients(
@@ -219,16 +226,16 @@ def weight_gradients(
     """Write grad^T @ rows of each expert of the batches to its slices of the stacks.
 
     grad: (R, D_out), rows: (R, D_in), which both begin with the first batch. stacks: each (E, M,
-    D_in), which share the D_out columns of grad.
+    D_in) of any dtype, which share the D_out columns of grad.
     """
-    slices = zip(*(_matrix_views(stack, batches) for stack in stacks), strict=True)
-    views = zip(_row_views(grad, batches), _row_views(rows, batches), slices, strict=True)
-    for g, x, out in views:
-        if len(out) == 1:
-            matmul(g.mT, x, out=out[0])
+    matrices = zip(*(_matrix_views(stack, batches) for stack in stacks), strict=True)
+    views = _row_views(grad, batches), _row_views(rows, batches), matrices
+    for g, x, grad_w in zip(*views, strict=True):
+        if len(grad_w) == 1:
+            matmul(g.mT, x, out=grad_w[0])
         else:
-            for part, product in zip(out, matmul(g.mT, x).chunk(len(out), -2), strict=True):
-                part.copy_(product)
+            for matrix, part in zip(grad_w, matmul(g.mT, x).chunk(len(grad_w), -2), strict=True):
+                matrix.copy_(part)
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -264,7 +271,12 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def grouped_matmul(
-    rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, backend: str = "auto"
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    backend: str = "auto",
+    debug: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows with its own matrix.
 
@@ -273,17 +285,25 @@ def grouped_matmul(
         weight: (E, D_out, D_in), each matrix laid out as in `nn.Linear`.
         expert_offsets: (E+1,) int64, first row of each expert; `expert_offsets[E]` <= R.
         backend: see `kernels.launch`.
+        debug: look at the offsets first, which waits for a GPU. PyTorch's body always does; what
+            the Triton kernels do with wrong ones is undefined.
     Returns:
         (R, D_out) in the dtype of the matmul (autocast's, else that of `rows`).
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if shapes, dtypes or devices do not fit, or offsets that are looked at do not
+            ascend from 0 to at most R.
     """
     check_shape("grouped_matmul", "weight", weight, (None, None, None))
     check_shape("grouped_matmul", "rows", rows, (None, weight.shape[2]))
     check_shape("grouped_matmul", "expert_offsets", expert_offsets, (weight.shape[0] + 1,))
+    check_floating("grouped_matmul", rows=rows, weight=weight)
+    check_integers("grouped_matmul", expert_offsets=expert_offsets)
     check_same_device("grouped_matmul", rows=rows, weight=weight, expert_offsets=expert_offsets)
     dtype = compute_dtype(rows)
-    if resolve_backend("grouped_matmul", backend, rows, has_triton=True) == "triton":
+    chosen = resolve_backend("grouped_matmul", backend, rows, has_triton=True)
+    if debug or chosen != "triton":
+        check_offsets("grouped_matmul", expert_offsets, rows.shape[0])
+    if chosen == "triton":
         from kernels.grouped_matmul_triton import grouped_matmul_op
 
         cast = None if weight.dtype == dtype else weight.detach().to(dtype).contiguous()

@@ -12,6 +12,7 @@ as on `torch`.
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -157,6 +158,31 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{op}: tensors on different devices: {listed}")
+
+
+def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless all given tensors hold floating-point numbers."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{op}: {name} is {x.dtype}, needs a floating-point dtype")
+
+
+def check_integers(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless all given tensors hold integers."""
+    for name, x in tensors.items():
+        if x is not None and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+            raise ValueError(f"{op}: {name} is {x.dtype}, needs integers")
+
+
+def check_offsets(op: str, expert_offsets: torch.Tensor, num_rows: int) -> None:
+    """Raise ValueError unless the offsets ascend from 0 to at most R; waits for a GPU."""
+    offsets = expert_offsets.tolist()
+    ascend = all(first <= end for first, end in itertools.pairwise(offsets))
+    if offsets[0] != 0 or not ascend or offsets[-1] > num_rows:
+        raise ValueError(
+            f"{op}: expert_offsets ({offsets}) must ascend from 0 to at most the number of rows "
+            f"({num_rows})"
+        )
 
 
 def tune_allocator() -> None:

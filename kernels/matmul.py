@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_same_device, check_shape, first_derivative_only
+from kernels.launch import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    first_derivative_only,
+)
 
 # Multiplications, from which oneDNN is the faster one.
 MIN_MULTIPLICATIONS = 1 << 22
@@ -114,11 +119,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., D_out) in the dtype of the matmul (autocast's, else that of `x`).
     Raises:
-        ValueError: if the shapes or devices do not fit.
+        ValueError: if the shapes, dtypes or devices do not fit.
     """
     check_shape("linear", "weight", weight, (None, None))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, needs (..., {weight.shape[1]})")
+    check_floating("linear", x=x, weight=weight)
     check_same_device("linear", x=x, weight=weight)
     if torch.compiler.is_compiling() or not goes_to_onednn(x) or weight.dtype != x.dtype:
         return F.linear(x, weight)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     at_least_float32,
+    check_floating,
     check_same_device,
     check_shape,
     compute_dtype,
@@ -63,10 +64,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "au
         Shape of `x`, in autocast's dtype where that is on (the next operation is a matmul, which
         would cast it anyway), else that of `x`. Computed in float32.
     Raises:
-        ValueError: if `weight` has not the size of the last dimension, or is on another device.
+        ValueError: if `weight` has not the size of the last dimension, either is no floating-point
+            tensor, or they are on different devices.
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
+    if x.dim() == 0:
+        raise ValueError("rms_norm: x has shape (), needs (..., D)")
     check_shape("rms_norm", "weight", weight, (x.shape[-1],))
+    check_floating("rms_norm", x=x, weight=weight)
     check_same_device("rms_norm", x=x, weight=weight)
     dtype = compute_dtype(x)
     if resolve_backend("rms_norm", backend, x, has_triton=True) == "triton":

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
-from kernels.launch import check_same_device, check_shape, no_autocast, resolve_backend
+from kernels.launch import (
+    check_floating,
+    check_integers,
+    check_same_device,
+    check_shape,
+    no_autocast,
+    resolve_backend,
+)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -61,12 +68,14 @@ def apply_rope(
     Returns:
         q and k rotated, same shapes and dtypes.
     Raises:
-        ValueError: if P is odd, or shapes or devices do not fit.
+        ValueError: if P is odd, or shapes, dtypes or devices do not fit.
     Source: Su et al., RoFormer, arXiv 2104.09864; the split into halves as in GPT-NeoX.
     """
     check_shape("apply_rope", "q", q, (None, None, None, None))
     check_shape("apply_rope", "k", k, (q.shape[0], q.shape[1], None, q.shape[3]))
     check_shape("apply_rope", "positions", positions, (q.shape[1],))
+    check_floating("apply_rope", q=q, k=k)
+    check_integers("apply_rope", positions=positions)
     check_same_device("apply_rope", q=q, k=k, positions=positions)
     if q.shape[-1] % 2:
         raise ValueError(f"apply_rope: head_dim ({q.shape[-1]}) must be even")

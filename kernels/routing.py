@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
     at_least_float32,
+    check_floating,
     check_same_device,
     check_shape,
     no_autocast,
@@ -115,20 +116,21 @@ def fused_topk(
         `router_logits` from weights and probs. Indices are distinct and in range even where
         logits or bias are inf or NaN.
     Raises:
-        ValueError: on a wrong shape or device, K > E, an unknown score, or groups that do not
-            divide E or leave fewer than K experts.
+        ValueError: on a wrong shape, dtype or device, K > E, an unknown score, or groups that do
+            not divide E or leave fewer than K experts.
     Source: group limit as in DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
     """
     check_shape("fused_topk", "router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[-1]
-    if not 1 <= top_k <= num_experts:
+    if not (isinstance(top_k, int) and 1 <= top_k <= num_experts):
         raise ValueError(
-            f"fused_topk: top_k ({top_k}) must be from 1 to num_experts ({num_experts})"
+            f"fused_topk: top_k ({top_k}) must be an integer from 1 to num_experts ({num_experts})"
         )
     if score not in SCORES:
         raise ValueError(f"fused_topk: score ({score!r}) must be one of {', '.join(SCORES)}")
     if bias is not None:
         check_shape("fused_topk", "bias", bias, (num_experts,))
+    check_floating("fused_topk", router_logits=router_logits, bias=bias)
     check_same_device("fused_topk", router_logits=router_logits, bias=bias)
     if groups is not None:
         num_groups, groups_kept = groups
@@ -178,10 +180,11 @@ def weights_of(
         topk_indices: (T, K) int64, -1 for no assignment, which weighs 0.
         score, normalize: as in `fused_topk`.
     Raises:
-        ValueError: on a wrong shape or device, or an unknown score.
+        ValueError: on a wrong shape, dtype or device, or an unknown score.
     """
     check_shape("weights_of", "router_logits", router_logits, (None, None))
     check_shape("weights_of", "topk_indices", topk_indices, (len(router_logits), None))
+    check_floating("weights_of", router_logits=router_logits)
     check_same_device("weights_of", router_logits=router_logits, topk_indices=topk_indices)
     if topk_indices.dtype != torch.int64:
         raise ValueError(f"weights_of: topk_indices is {topk_indices.dtype}, must be torch.int64")

@@ -30,6 +30,9 @@ from torch import Tensor
 
 from kernels.dispatch import DispatchPlan
 from kernels.launch import (
+    check_floating,
+    check_integers,
+    check_offsets,
     check_same_device,
     check_shape,
     compute_dtype,
@@ -55,6 +58,7 @@ def _check(
     check_shape(op, "w3", w3, (num_experts, inner, hidden))
     check_shape(op, "w2", w2, (num_experts, hidden, inner))
     check_shape(op, "x", x, (None, hidden))
+    check_floating(op, x=x, w1=w1, w2=w2, w3=w3)
     check_same_device(op, x=x, w1=w1, w2=w2, w3=w3, **others)
     if not w1.dtype == w2.dtype == w3.dtype:
         raise ValueError(
@@ -99,7 +103,7 @@ def swiglu_experts(
     Returns:
         (T, D) in the dtype of the matmuls (autocast's, else that of `x`).
     Raises:
-        ValueError: if shapes, devices or the weights' dtypes do not fit, or `clamp` is not above 0.
+        ValueError: if shapes, devices or dtypes do not fit, or `clamp` is not above 0.
     Source: Shazeer, GLU variants, arXiv 2002.05202; backward: SonicMoE, arXiv 2512.14080.
     """
     others = {"topk_weights": topk_weights, **plan.named()}
@@ -107,6 +111,8 @@ def swiglu_experts(
     check_shape("swiglu_experts", "plan.row_of", plan.row_of, tuple(topk_weights.shape))
     check_shape("swiglu_experts", "x", x, (plan.row_of.shape[0], None))
     check_shape("swiglu_experts", "plan.expert_offsets", plan.expert_offsets, (w1.shape[0] + 1,))
+    check_floating("swiglu_experts", topk_weights=topk_weights)
+    check_integers("swiglu_experts", **plan.named())
     options = _options(clamp, save, x, w1, w2, w3, topk_weights)
     chosen = resolve_backend("swiglu_experts", backend, x, has_triton=True)
     if chosen == "triton":
@@ -128,6 +134,7 @@ def swiglu_experts_sorted(
     clamp: float | None = None,
     save: str = "xh",
     backend: str = "auto",
+    debug: bool = False,
 ) -> Tensor:
     """Apply one SwiGLU expert to each row, for rows that arrive sorted (after an all-to-all).
 
@@ -137,18 +144,24 @@ def swiglu_experts_sorted(
         expert_offsets: (E+1,) int64; rows behind the last are unused: never read, 0 in the output.
         scale: (R,) factor of each row's output; None for 1.
         clamp, save, backend: as in `swiglu_experts`.
+        debug: look at the offsets first, as `grouped_matmul` does.
     Returns:
         (R, D) in the dtype of the matmuls (autocast's, else that of `rows`).
     Raises:
-        ValueError: if shapes, devices or the weights' dtypes do not fit, or `clamp` is not above 0.
+        ValueError: if shapes, devices or dtypes do not fit, `clamp` is not above 0, or offsets that
+            are looked at do not ascend from 0 to at most R.
     """
     others = {"expert_offsets": expert_offsets, "scale": scale}
     _check("swiglu_experts_sorted", rows, (w1, w2, w3), others, clamp, save)
     check_shape("swiglu_experts_sorted", "expert_offsets", expert_offsets, (w1.shape[0] + 1,))
     if scale is not None:
         check_shape("swiglu_experts_sorted", "scale", scale, (rows.shape[0],))
+    check_floating("swiglu_experts_sorted", scale=scale)
+    check_integers("swiglu_experts_sorted", expert_offsets=expert_offsets)
     options = _options(clamp, save, rows, w1, w2, w3, scale)
     chosen = resolve_backend("swiglu_experts_sorted", backend, rows, has_triton=True)
+    if debug or chosen != "triton":
+        check_offsets("swiglu_experts_sorted", expert_offsets, rows.shape[0])
     if chosen == "triton":
         return _on_triton(rows, (w1, w2, w3), scale, expert_offsets, (None, None), options)
     if scale is None:

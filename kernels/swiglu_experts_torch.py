@@ -37,7 +37,7 @@ CACHED_ELEMENTS = 1 << 19
 
 class Options(NamedTuple):
     """clamp and save as `swiglu_experts` takes them. dtype: of the matmuls. compiled: whether
-    `torch.compile` makes one pass of the gradients of what is done element by element."""
+    `torch.compile` makes one pass of what is done element by element, where that pays."""
 
     clamp: float | None
     save: str

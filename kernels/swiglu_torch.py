@@ -15,6 +15,8 @@ from kernels.launch import at_least_float32
 
 # A process with several models needs more compiled variants than the 8 that PyTorch allows.
 MAX_VARIANTS = 64
+# Elements of A from which the forward pass is compiled: of few, the call costs more than it saves.
+MIN_ACTIVATIONS = 1 << 20
 _Pair = tuple[Tensor, Tensor]
 
 
@@ -32,14 +34,16 @@ def clamped(gate: Tensor, up: Tensor, clamp: float | None) -> tuple[Tensor, Tens
 def activate(h: Tensor, clamp: float | None, *, compiled: bool) -> Tensor:
     """A = silu(gate) * up (n, F).
 
-    compiled: float32 in one pass of a kernel by `torch.compile`, which takes 0.65 of the time of
-    PyTorch's two; in bfloat16 it gains nothing.
+    compiled: much float32 in one pass of a kernel by `torch.compile`, which takes 0.65 of the time
+    of PyTorch's two; bfloat16 was measured to gain nothing in a layer.
     """
-    if h.dtype == torch.float32 and _can_compile(h, compiled):
-        a = h.new_empty(gate_and_up(h)[0].shape)
-        _compiled(_fill_activation)(gate_and_up(h), a, _as_tensor(clamp, h))
+    pair = gate_and_up(h)
+    much = h.dtype == torch.float32 and pair[0].numel() >= MIN_ACTIVATIONS
+    if compiled and much and _may_compile(h):
+        a = h.new_empty(pair[0].shape)
+        _compiled(_fill_activation)(pair, a, _clamp_tensor(clamp, h.device))
         return a
-    gate, up = clamped(*gate_and_up(h), clamp)
+    gate, up = clamped(*pair, clamp)
     return F.silu(gate) * up
 
 
@@ -53,8 +57,8 @@ def activate_backward(
     """
     a, grad_h = torch.empty_like(grad_a), torch.empty_like(h)
     tensors = gate_and_up(h), grad_a, a, gate_and_up(grad_h)
-    if _can_compile(h, compiled):
-        _compiled(_fill_gradients)(*tensors, _as_tensor(clamp, h))
+    if compiled and _may_compile(h):
+        _compiled(_fill_gradients)(*tensors, _clamp_tensor(clamp, h.device))
     else:
         _fill_by_passes(*tensors, clamp)
     return a, grad_h
@@ -102,16 +106,17 @@ def _fill_gradients(
     grad_h[1].copy_(grad_up)
 
 
-def _can_compile(h: Tensor, compiled: bool) -> bool:
-    # For a single row the compiler would make another kernel, and what looks at each operator, to
-    # count or to trace it, must find one.
+def _may_compile(h: Tensor) -> bool:
+    """Not for a single row, for which the compiler would make another kernel; nor where something
+    looks at each operator, to count or to trace it, and must find one."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return compiled and h.shape[1] > 1 and not watched
+    return h.shape[1] > 1 and not watched
 
 
-def _as_tensor(clamp: float | None, like: Tensor) -> Tensor | None:
-    """With another number PyTorch 2.13 finds the kernel of the first one on disk."""
-    return None if clamp is None else torch.tensor(clamp, dtype=torch.float64, device=like.device)
+def _clamp_tensor(clamp: float | None, device: torch.device) -> Tensor | None:
+    """The clamp as compiled formulas take it: not as a number, since PyTorch 2.13 finds the kernel
+    of another number on disk and takes that."""
+    return None if clamp is None else torch.tensor(clamp, dtype=torch.float64, device=device)
 
 
 def _compiled(formula: Callable[..., None]) -> Callable[..., None]:

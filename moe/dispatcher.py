@@ -38,7 +38,8 @@ def local_dispatch(experts: Any, x: Tensor, routing: Routing, *, backend: str = 
     Returns:
         (T, D).
     """
-    plan = plan_dispatch(routing.topk_indices, routing.router_logits.shape[-1])
+    num_experts = routing.router_logits.shape[-1]
+    plan = plan_dispatch(routing.topk_indices, num_experts, backend=backend)
     return _apply_experts(experts, x, plan, routing.topk_weights, backend)
 
 
@@ -48,9 +49,9 @@ def _apply_experts(
     counts = plan.tokens_per_expert
     if getattr(experts, "fuses_dispatch", False):
         return experts(x, counts, plan=plan, topk_weights=topk_weights, backend=backend)
-    rows = permute(x, plan)  # (R, D)
+    rows = permute(x, plan, backend=backend)  # (R, D)
     rows = experts(rows, counts, backend=backend)  # (R, D)
-    return unpermute(rows, plan, topk_weights)
+    return unpermute(rows, plan, topk_weights, backend=backend)
 
 
 def expert_parallel_dispatch(
@@ -90,11 +91,11 @@ def expert_parallel_dispatch(
             f"expert_parallel_dispatch: group has {size} ranks, must divide the experts "
             f"({num_experts})"
         )
-    plan = plan_dispatch(routing.topk_indices, num_experts)
+    plan = plan_dispatch(routing.topk_indices, num_experts, backend=backend)
     ours = plan.tokens_per_expert  # (E,)
     theirs = torch.empty_like(ours)  # (E,): from rank 0 to each of our experts, from rank 1, ...
     counting = dist.all_to_all_single(theirs, ours, group=group, async_op=True)
-    rows = permute(x, plan)  # (R, D), while the counts are under way
+    rows = permute(x, plan, backend=backend)  # (R, D), while the counts are under way
     _wait(counting, waiting)
     send, receive = torch.stack([ours, theirs]).view(2, size, -1).sum(-1).tolist()
     # Rows without an assignment stay here; no token asks for them.
@@ -106,14 +107,14 @@ def expert_parallel_dispatch(
     num_local = ours.numel() // size
     expert_of_row = torch.arange(num_local, device=x.device).repeat(size)
     expert_of_row = expert_of_row.repeat_interleave(theirs, output_size=sum(receive))
-    local_plan = plan_dispatch(expert_of_row.unsqueeze(-1), num_local)
+    local_plan = plan_dispatch(expert_of_row.unsqueeze(-1), num_local, backend=backend)
     ones = routing.topk_weights.new_ones(sum(receive), 1)
     done = _apply_experts(experts, arrived, local_plan, ones, backend)
     home = _Exchange(receive, send, group, waiting)
     back = _Arrive.apply(_Depart.apply(done, home), home)
     if staying:
         back = torch.cat([back, back.new_zeros(staying, back.shape[1])])
-    return unpermute(back, plan, routing.topk_weights), beside
+    return unpermute(back, plan, routing.topk_weights, backend=backend), beside
 
 
 # Whoever compiles the model need not look into the clock.

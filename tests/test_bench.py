@@ -296,6 +296,7 @@ def test_written_results_leave_the_checkout_clean_and_changed_code_does_not(tmp_
         file.write_text("1")
     git("init")
     git("add", ".")
+    assert bench.commit_of(tmp_path) is None
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
     result.write_text("2")
     readme.write_text("2")

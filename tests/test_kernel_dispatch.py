@@ -293,11 +293,20 @@ def test_wrong_inputs_are_named():
         ),
         (
             lambda: plan_dispatch(torch.zeros(2, 2), 2),
-            "plan_dispatch: topk_indices must be integers, got torch.float32",
+            "plan_dispatch: topk_indices is torch.float32, needs integers",
         ),
         (
             lambda: plan_dispatch(torch.zeros(2, 2, dtype=torch.bool), 2),
-            "plan_dispatch: topk_indices must be integers, got torch.bool",
+            "plan_dispatch: topk_indices is torch.bool, needs integers",
+        ),
+        (
+            lambda: plan_dispatch(torch.tensor([[0, 1]]), 0),
+            "plan_dispatch: num_experts (0) must be at least 1",
+        ),
+        (
+            lambda: plan_dispatch(torch.tensor([[0, -2]]), 3, debug=True),
+            "plan_dispatch: topk_indices holds -2, must be below num_experts (3); "
+            "-1 stands for no assignment",
         ),
         (
             lambda: plan_dispatch(torch.tensor([[0, 3]]), 3, debug=True),

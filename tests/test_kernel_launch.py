@@ -7,7 +7,7 @@ import torch
 
 from kernels.attention import fused_attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.dispatch import plan_dispatch
+from kernels.dispatch import DispatchPlan, permute, plan_dispatch, unpermute
 from kernels.grouped_matmul import grouped_matmul
 from kernels.launch import (
     check_same_device,
@@ -15,6 +15,7 @@ from kernels.launch import (
     compute_dtype,
     resolve_backend,
 )
+from kernels.matmul import linear
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.routing import fused_topk
@@ -41,6 +42,64 @@ CALLS = {
     "rms_norm": lambda **k: rms_norm(ONES(2, 4), ONES(4), **k),
     "apply_rope": lambda **k: apply_rope(ONES(1, 3, 2, 4), ONES(1, 3, 1, 4), torch.arange(3), **k),
 }
+
+
+# Each kernel with its tensors that hold floating-point numbers, and those that hold integers.
+TENSORS = {
+    "fused_topk": (lambda *t, **k: fused_topk(t[0], 2, bias=t[1], **k), (3, 4), (4,)),
+    "plan_dispatch": (lambda *t, **k: plan_dispatch(*t, 2, **k), PLAN.row_of),
+    "permute": (lambda *t, **k: permute(*t, PLAN, **k), (1, 4)),
+    "unpermute": (lambda *t, **k: unpermute(t[0], PLAN, t[1], **k), (2, 4), (1, 2)),
+    "grouped_matmul": (grouped_matmul, (2, 4), (2, 3, 4), PLAN.expert_offsets),
+    "swiglu_experts": (
+        lambda *t, **k: swiglu_experts(*t[:4], DispatchPlan(*t[5:]), t[4], **k),
+        *((1, 4), (2, 3, 4), (2, 4, 3), (2, 3, 4), (1, 2)),
+        *PLAN,
+    ),
+    "swiglu_experts_sorted": (
+        lambda *t, **k: swiglu_experts_sorted(*t[:5], scale=t[5], **k),
+        *((2, 4), (2, 3, 4), (2, 4, 3), (2, 3, 4), PLAN.expert_offsets, (2,)),
+    ),
+    "fused_attention": (
+        lambda *t, **k: fused_attention(*t[:3], document_ids=t[3], **k),
+        *[(1, 3, 2, 4)] * 3,
+        torch.zeros(1, 3, dtype=torch.int32),
+    ),
+    "linear_cross_entropy": (linear_cross_entropy, (2, 4), (5, 4), torch.tensor([0, 1])),
+    "rms_norm": (rms_norm, (2, 4), (4,)),
+    "apply_rope": (apply_rope, (1, 3, 2, 4), (1, 3, 1, 4), torch.arange(3)),
+    "linear": (lambda *t, backend: linear(*t), (2, 4), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op", TENSORS)
+def test_wrong_dtypes_are_refused_by_every_kernel(op, backend, device):
+    call, *arguments = TENSORS[op]
+    right = [(ONES(t) if isinstance(t, tuple) else t).to(device) for t in arguments]
+    call(*right, backend=backend)
+    for i, tensor in enumerate(right):
+        floating = tensor.is_floating_point()
+        needed = "a floating-point dtype" if floating else "integers"
+        for dtype in (torch.bool, torch.int64 if floating else torch.float32):
+            wrong = [*right[:i], tensor.to(dtype), *right[i + 1 :]]
+            with pytest.raises(ValueError, match=rf"^{op}: \S+ is {dtype}, needs {needed}$"):
+                call(*wrong, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["grouped_matmul", "swiglu_experts_sorted"])
+@pytest.mark.parametrize("offsets", [[0, 1, 3], [0, 2, 1], [1, 1, 2], [-1, 1, 2]], ids=str)
+def test_wrong_offsets_are_refused_where_they_are_looked_at(op, offsets, device):
+    call, *arguments = TENSORS[op]
+    tensors = [(ONES(t) if isinstance(t, tuple) else t).to(device) for t in arguments]
+    wrong = [t if t.is_floating_point() else torch.tensor(offsets, device=device) for t in tensors]
+    for options in ({"backend": "torch"}, {"backend": "triton", "debug": True}):
+        with pytest.raises(ValueError) as caught:
+            call(*wrong, **options)
+        assert str(caught.value) == (
+            f"{op}: expert_offsets ({offsets}) must ascend from 0 to at most the number of rows (2)"
+        )
+        call(*tensors, **options)
 
 
 @pytest.mark.parametrize("op", CALLS)

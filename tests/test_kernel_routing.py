@@ -236,8 +236,8 @@ def test_the_least_number_ties_with_minus_infinity_in_both_bodies(device, backen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"top_k": 9}, "fused_topk: top_k (9) must be from 1 to num_experts (8)"),
-        ({"top_k": 0}, "fused_topk: top_k (0) must be from 1 to num_experts (8)"),
+        ({"top_k": 9}, "fused_topk: top_k (9) must be an integer from 1 to num_experts (8)"),
+        ({"top_k": 0}, "fused_topk: top_k (0) must be an integer from 1 to num_experts (8)"),
         (
             {"score": "relu"},
             "fused_topk: score ('relu') must be one of softmax, sigmoid, sqrt_softplus",

@@ -71,6 +71,33 @@ def test_loss_and_every_gradient_are_equal_on_both_backends(device, recompute, m
         assert relative_error(grads[name], grad) < 1e-5, name
 
 
+@pytest.mark.parametrize(
+    ("backend", "experts", "expected"),
+    [
+        ("torch", "relu2", set()),
+        ("triton", "swiglu", {"plan_dispatch_op"}),
+        ("triton", "relu2", {"plan_dispatch_op", "permute_op", "unpermute_op"}),
+    ],
+)
+def test_dispatch_runs_on_the_backend_of_the_model(device, monkeypatch, backend, experts, expected):
+    from kernels import dispatch_triton
+
+    called = set()
+
+    def record(name, op):
+        def run(*arguments):
+            called.add(name)
+            return op(*arguments)
+
+        return run
+
+    for name in ("plan_dispatch_op", "permute_op", "unpermute_op"):
+        monkeypatch.setattr(dispatch_triton, name, record(name, getattr(dispatch_triton, name)))
+    moe = SHAPE["moe"] | {"experts": {"name": experts}}
+    model_on(backend, device, moe=moe)(*batch(device))
+    assert called == expected
+
+
 def test_generation_with_a_cache_equals_the_whole_sequence(device):
     model = model_on("triton", device, attention=SHAPE["attention"] | {"window": None}).eval()
     ids = tokens(1, 9).to(device)
