@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kernels.bench import Case, Contestant, largest_error, reference_of, seconds_of
+from kernels.bench import Case, Contestant, clock_of, largest_error, reference_of, seconds_of
 from kernels.tiles import Tile, Trial, on_trial, save_tile
 
 # What a number of a tile may become; those of a kernel that has no such number are left out.
@@ -95,7 +95,7 @@ def _trial_ratio(
     try:
         run(candidate)
         pair = {"candidate": partial(run, candidate), "best": partial(run, best)}
-        seconds = seconds_of(pair, repeats)
+        seconds = seconds_of(pair, repeats, clock_of(case.grad.device))
     # Triton raises a dozen types for tiles that exceed the chip or break a rule of its compiler.
     except Exception:
         return None

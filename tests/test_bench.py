@@ -18,7 +18,10 @@ from kernels.bench import (
     CaseBuilder,
     Contestant,
     Limits,
+    clock_of,
     copy_rate,
+    gpu_seconds,
+    host_seconds,
     largest_error,
     leaf,
     main,
@@ -116,6 +119,15 @@ def test_contestants_take_turns():
     times = seconds_of({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_a_gpu_is_timed_by_its_own_clock():
+    assert clock_of("cpu") is host_seconds and clock_of(torch.device("cuda", 0)) is gpu_seconds
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    x = torch.randn(4096, 4096, device="cuda")
+    times = seconds_of({"matmul": lambda: x @ x}, 3, gpu_seconds)["matmul"]
+    assert len(times) == 3 and min(times) > 0
 
 
 def test_a_copy_moves_bytes():

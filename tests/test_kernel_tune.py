@@ -50,7 +50,7 @@ def clock(monkeypatch, fast):
     """Tiles for which `fast` is True take half the time of the others; there are few to try."""
     monkeypatch.setattr(tune, "CHOICES", {"num_warps": (4, 8), "num_stages": (2, 4)})
 
-    def seconds_of(contestants, repeats):
+    def seconds_of(contestants, repeats, clock):
         def seconds(call):
             call()
             return 1.0 if fast(call.args[0]) else 2.0
@@ -81,7 +81,7 @@ def test_changes_that_help_are_combined(own_table, monkeypatch):
     # Two changes bring more than one, and either of them something.
     cost = {(4, 2): 4.0, (8, 2): 3.0, (4, 4): 3.5, (8, 4): 1.0}
 
-    def seconds_of(contestants, repeats):
+    def seconds_of(contestants, repeats, clock):
         tiles_of = {name: call.args[0] for name, call in contestants.items()}
         return {name: [cost[t.num_warps, t.num_stages]] for name, t in tiles_of.items()}
 
