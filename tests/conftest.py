@@ -167,10 +167,52 @@ def randn(*shape: int, seed: int, device: torch.device | str = "cpu", **kwargs) 
     return torch.randn(*shape, generator=generator, **kwargs).to(device)
 
 
-def assignments(
-    case: str, num_tokens: int, device: torch.device | str = "cpu"
+def seeds(count: int, quick: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> list[Any]:
+    """Seeds of generated cases, as parameters of a test; all but the `quick` ones are slow."""
+    return [
+        pytest.param(seed, marks=() if seed in quick else pytest.mark.slow) for seed in range(count)
+    ]
+
+
+def random_tokens(seed: int) -> int:
+    """From 0 to 139, and often one of the two edges."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return (0, 1)[seed % 2] if seed % 20 < 2 else int(torch.randint(140, (), generator=generator))
+
+
+def random_assignments(
+    seed: int, num_tokens: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, int]:
-    """(topk_indices (T, K), topk_weights (T, K) float32, E) of a case of ROUTINGS."""
+    """As `assignments`, with E from 1 to 12 and K from 1 to E.
+
+    By the seed: any experts; some idle; all tokens to the same K; some assignments dropped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    num_experts = number(1, 12)
+    top_k = number(1, num_experts)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    order = torch.randperm(num_experts, generator=generator)
+    if seed % 4 == 1:
+        scores[:, order[top_k:][: number(0, num_experts)]] = -1
+    if seed % 4 == 2:
+        scores[:, order[:top_k]] += 1
+    indices = scores.argsort(-1, descending=True)[:, :top_k]
+    weights = torch.rand(num_tokens, top_k, generator=generator) + 0.1
+    if seed % 4 == 3:
+        indices[torch.rand(num_tokens, top_k, generator=generator) < 0.3] = -1
+    return indices.to(device), weights.masked_fill(indices < 0, 0).to(device), num_experts
+
+
+def assignments(
+    case: str | int, num_tokens: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, int]:
+    """(topk_indices (T, K), topk_weights (T, K) float32, E) of a case of ROUTINGS, or of a seed."""
+    if isinstance(case, int):
+        return random_assignments(case, num_tokens, device)
     num_experts, top_k = ROUTINGS[case]
     generator = torch.Generator().manual_seed(7)
     scores = torch.rand(num_tokens, num_experts, generator=generator)

@@ -12,7 +12,9 @@ from conftest import (
     gradients,
     leaves,
     randn,
+    random_tokens,
     relative_error,
+    seeds,
 )
 
 from kernels.dispatch import permute, plan_dispatch, unpermute
@@ -305,8 +307,8 @@ def test_compiled_bfloat16_by_autocast_is_as_exact_as_eager(compiler):
     check_bfloat16("cpu", "torch_compile", "dropped", "x")
 
 
-def check_bfloat16(device, backend, case, save):
-    indices, plan, tensors = inputs(case, 128, device, hidden=64, width=96)
+def check_bfloat16(device, backend, case, save, num_tokens=128, hidden=64, width=96):
+    indices, plan, tensors = inputs(case, num_tokens, device, hidden, width)
     ours_in, eager_in = leaves(*tensors), leaves(*tensors)
     exact_in = leaves(*tensors, dtype=torch.float64)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -315,7 +317,7 @@ def check_bfloat16(device, backend, case, save):
     exact = oracle(*exact_in, indices)
     assert ours.dtype == torch.bfloat16
     assert_bfloat16(ours, theirs, exact, "output")
-    grad = randn(128, 64, seed=5, device=device).bfloat16()
+    grad = randn(num_tokens, hidden, seed=5, device=device).bfloat16()
     ours_grads = gradients(ours, grad, *ours_in)
     assert {g.dtype for g in ours_grads} == {torch.float32}
     for name, *triple in zip(
@@ -669,11 +671,13 @@ def test_kernels_never_wait_for_the_gpu(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_random_layers_equal_float64(device, backend, seed):
     generator = torch.Generator().manual_seed(seed)
-    hidden, width, num_tokens = torch.randint(1, 140, (3,), generator=generator).tolist()
-    case = list(ROUTINGS)[seed % len(ROUTINGS)]
-    save, clamp = ("x", "xh", "xha")[seed % 3], (None, 0.8)[seed % 2]
-    check(device, backend, case, num_tokens, clamp, save, hidden, width)
+    hidden, width, clamped = torch.randint(1, 140, (3,), generator=generator).tolist()
+    num_tokens, save = random_tokens(seed), ("x", "xh", "xha")[seed % 3]
+    if seed % 5 == 2 and num_tokens > 1:
+        check_bfloat16(device, backend, seed, save, num_tokens, hidden, width)
+    else:
+        clamp = (None, 0.8)[clamped % 2]
+        check(device, backend, seed, num_tokens, clamp, save, hidden, width)
