@@ -130,6 +130,41 @@ def test_a_kernel_without_tiles_for_such_a_chip_is_an_error(write_tiles, on_chip
         choose_tile("other", torch.device("cpu"), BFLOAT16, 100)
 
 
+# Constants that say in which order a kernel adds up the terms of one number of a row. BLOCK_K cuts
+# the inner size of a product; the parts of the weights' gradients in swiglu_backward are sums over
+# BLOCK_N columns. A gradient of matrices, and attention, have no rows per expert.
+ROW_ORDER = {
+    "grouped_linear": ("BLOCK_K",),
+    "grouped_transposed": ("BLOCK_K",),
+    "swiglu_up": ("BLOCK_K",),
+    "swiglu_backward": ("BLOCK_K", "BLOCK_N"),
+}
+
+
+def orders(by_size, kernel):
+    """What differs between the sizes of a chip and dtype, of what orders a row's sums."""
+    return {tuple(tile.blocks[name] for name in ROW_ORDER[kernel]) for tile in by_size.values()}
+
+
+def test_rows_are_summed_in_one_order_however_many_their_expert_got():
+    """A row's bits do not depend on the number of rows of its expert, which chooses the tile."""
+    by_rows = {kernel for kernel in load_tiles() if kernel.startswith(("grouped_", "swiglu_"))}
+    assert by_rows == {*ROW_ORDER, "grouped_weight_grad"}
+    for kernel in ROW_ORDER:
+        for arch, by_dtype in load_tiles()[kernel].items():
+            for dtype, by_size in by_dtype.items():
+                assert len(orders(by_size, kernel)) == 1, (kernel, arch, dtype)
+
+
+@pytest.mark.parametrize("kernel", ROW_ORDER)
+def test_every_size_of_a_chip_multiplies_by_the_same_instruction(kernel):
+    """NVIDIA's from sm_90 on, of 64 rows, or the smaller one: the two may add in another order."""
+    for arch, by_dtype in load_tiles()[kernel].items():
+        for dtype, by_size in by_dtype.items():
+            wide = {t.blocks["BLOCK_M"] >= 64 and t.num_warps % 4 == 0 for t in by_size.values()}
+            assert len(wide) == 1, (kernel, arch, dtype)
+
+
 @pytest.mark.parametrize("arch", [*KIB, *UNKNOWN])
 def test_every_chip_gets_tiles_for_every_kernel_dtype_and_size(arch):
     for kernel in load_tiles():
