@@ -317,3 +317,24 @@ def test_written_results_leave_the_checkout_clean_and_changed_code_does_not(tmp_
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     code.write_text("2")
     assert bench.commit_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_cases_are_built_without_libraries_that_measure_nothing():
+    """Of the expert layer only the list: its rivals are other libraries, where installed."""
+    code = """
+import sys, torch
+from kernels.bench import cases_of, operations
+
+for op in operations():
+    for dtype in (torch.float32, torch.bfloat16):
+        builders = cases_of(op, dtype, "cpu")
+        assert builders, op
+    if op != "swiglu_experts":
+        builders[0].case()
+    found = {"deepspeed", "datasets", "transformers"} & set(sys.modules)
+    assert not found, (op, found)
+print(*operations())
+"""
+    root = Path(bench.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == operations(), done.stderr
