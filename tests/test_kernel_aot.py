@@ -79,6 +79,58 @@ def test_kernels_compile_for_every_architecture_as_on_record(op, tmp_path):
     assert recorded == table, RENEW
 
 
+# What orders the sums of a row: the instruction of the product and the terms that it takes, and of
+# a sum over columns how many each thread has, which lie how.
+ORDERS = """
+import json, re
+from kernels import aot
+
+BY_ROWS = "_linear_kernel", "_transposed_kernel", "up_kernel", "down_backward_kernel"
+SUM = r"\\}\\) : \\(tensor<\\d+x(\\d+)xf32, (#\\w+)>\\) ->"
+found = {}
+for case in aot.cases_of("swiglu_experts"):
+    kernel = case.kernel.__name__
+    if kernel not in BY_ROWS or " bfloat16 " not in case.label() or case.constants["UNIT"] == 1:
+        continue
+    for arch in case.architectures:
+        text = aot.compile_case(case, arch).asm["ttgir"]
+        order = []
+        for kind, body in re.findall(r"#\\w+ = #ttg.(nvidia_mma|amd_mfma)<{(.*?)}>", text):
+            version = re.search(r"version\\w* = (\\d)", body)[1]
+            shape = re.search(r"instrShape = \\[(.*?)\\]", body)[1].split(", ")
+            # Rows, columns, terms; a shape of two numbers leaves the terms to the version.
+            order.append([kind, version, shape[2:]])
+        for columns, name in re.findall(SUM, text):
+            layout = re.search(name + r" = #ttg.blocked<{(.*?)}>", text)[1]
+            order.append([columns, re.findall(r"\\[\\d+, (\\d+)\\]", layout)])
+        size = case.tile.blocks["BLOCK_M"]
+        key = f"{kernel} {arch} CLAMP={case.constants.get('CLAMP')}"
+        found.setdefault(key, {})[size] = order
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_row_is_summed_in_one_order_in_the_tiles_of_all_sizes():
+    """As compiled: the bits of a row do not depend on how many rows its expert got."""
+    import triton
+
+    recorded = json.loads(RECORD.read_text())["triton"]
+    if triton.__version__ != recorded:
+        pytest.skip(f"the layouts are read as Triton {recorded} writes them")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ORDERS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {len(by_size) for by_size in found.values()} == {1, 2}
+    for key, by_size in found.items():
+        first, *others = by_size.values()
+        assert first and all(order == first for order in others), (key, by_size)
+        # Four parts of the columns of a block are summed one by one.
+        assert len(first) == (5 if key.startswith("down_backward") else 1), (key, first)
+
+
 def test_the_record_holds_every_operation_and_keeps_within_the_chips():
     record = json.loads(RECORD.read_text())
     assert record.keys() == {"torch", "triton", "kernels"}

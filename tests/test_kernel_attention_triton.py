@@ -15,6 +15,7 @@ from conftest import (
     leaves,
     randn,
     relative_error,
+    seeds,
 )
 
 from kernels.attention import fused_attention
@@ -337,8 +338,8 @@ def test_keys_without_queries_get_zero_gradients(device):
     assert (grad_k[:, :144] == 0).all() and (grad_v[:, :144] == 0).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(120))
+# Those that are quick in the interpreter; 0 is without a fixed order of sums.
+@pytest.mark.parametrize("seed", seeds(120, quick=(0, 2, 3, 9, 11, 14)))
 def test_random_cases_equal_float64(device, seed):
     rng = np.random.default_rng(seed)
     shared, groups, batch = (int(rng.choice(sizes)) for sizes in ((1, 2, 4), (1, 2), (1, 2)))
