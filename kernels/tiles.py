@@ -33,6 +33,18 @@ _FALLBACK = {
 }
 _LAST = ("sm_80", "gfx942", "interpreter")
 _OLD_TRITON = "triton 3.6"
+# Constants that say in which order a kernel adds up the terms of one number of a row: BLOCK_K cuts
+# the inner size of a product, and the parts of the combine weights' gradients in swiglu_backward
+# are sums over BLOCK_N columns. A gradient of matrices, and attention, have no rows per expert.
+ROW_ORDER = {
+    "grouped_linear": ("BLOCK_K",),
+    "grouped_transposed": ("BLOCK_K",),
+    "swiglu_up": ("BLOCK_K",),
+    "swiglu_backward": ("BLOCK_K", "BLOCK_N"),
+}
+# Rows of the larger matrix instruction of NVIDIA's sm_90 and later; below, the smaller one is used,
+# which may add in another order.
+WIDE_ROWS = 64
 
 
 class Tile(NamedTuple):
@@ -45,6 +57,21 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def same_row_order(kernel: str, tile: Tile, other: Tile) -> bool:
+    """Whether the kernel adds up the terms of a row in the same order with both.
+
+    All tiles of a chip and dtype must, so that a row's bits do not depend on how many rows its
+    expert got.
+    """
+    if kernel not in ROW_ORDER:
+        return True
+    wide, other_wide = (
+        t.blocks["BLOCK_M"] >= WIDE_ROWS and t.num_warps % 4 == 0 for t in (tile, other)
+    )
+    same = all(tile.blocks[name] == other.blocks[name] for name in ROW_ORDER[kernel])
+    return same and wide == other_wide
 
 
 def architecture(device: torch.device) -> str:

@@ -3,8 +3,8 @@
 Starts from the tiles of `kernels.tiles` and changes one number of one kernel at a time, again from
 each round's best as long as that helps: forward and backward of the whole operation are checked
 against the reference and timed in turns with the best so far. What is wrong or does not fit the
-chip is passed over. Winners are written to tiles.json under this architecture; run the tests and
-`python -m kernels.aot` after it.
+chip is passed over, and what orders a row's sums stays as it is. Winners are written to tiles.json
+under this architecture; run the tests and `python -m kernels.aot` after it.
 """
 
 import statistics
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from kernels.bench import Case, Contestant, clock_of, largest_error, reference_of, seconds_of
-from kernels.tiles import Tile, Trial, on_trial, save_tile
+from kernels.tiles import Tile, Trial, on_trial, same_row_order, save_tile
 
 # What a number of a tile may become; those of a kernel that has no such number are left out.
 CHOICES = {
@@ -55,7 +55,7 @@ def tune_case(
             while best != centre:
                 centre = best
                 for candidate in neighbours(centre):
-                    if candidate in tried:
+                    if candidate in tried or not same_row_order(kernel, centre, candidate):
                         continue
                     tried.append(candidate)
                     ratio = _trial_ratio(trial, kernel, candidate, best, ours, case, repeats)

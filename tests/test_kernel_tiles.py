@@ -8,11 +8,13 @@ import torch
 from kernels import tiles
 from kernels.aot import ARCHITECTURES, SHARED_MEMORY
 from kernels.tiles import (
+    ROW_ORDER,
     Tile,
     choose_tile,
     fallbacks,
     has_old_triton,
     load_tiles,
+    same_row_order,
     save_tile,
     tiles_of,
 )
@@ -130,22 +132,6 @@ def test_a_kernel_without_tiles_for_such_a_chip_is_an_error(write_tiles, on_chip
         choose_tile("other", torch.device("cpu"), BFLOAT16, 100)
 
 
-# Constants that say in which order a kernel adds up the terms of one number of a row. BLOCK_K cuts
-# the inner size of a product; the parts of the weights' gradients in swiglu_backward are sums over
-# BLOCK_N columns. A gradient of matrices, and attention, have no rows per expert.
-ROW_ORDER = {
-    "grouped_linear": ("BLOCK_K",),
-    "grouped_transposed": ("BLOCK_K",),
-    "swiglu_up": ("BLOCK_K",),
-    "swiglu_backward": ("BLOCK_K", "BLOCK_N"),
-}
-
-
-def orders(by_size, kernel):
-    """What differs between the sizes of a chip and dtype, of what orders a row's sums."""
-    return {tuple(tile.blocks[name] for name in ROW_ORDER[kernel]) for tile in by_size.values()}
-
-
 def test_rows_are_summed_in_one_order_however_many_their_expert_got():
     """A row's bits do not depend on the number of rows of its expert, which chooses the tile."""
     by_rows = {kernel for kernel in load_tiles() if kernel.startswith(("grouped_", "swiglu_"))}
@@ -153,16 +139,21 @@ def test_rows_are_summed_in_one_order_however_many_their_expert_got():
     for kernel in ROW_ORDER:
         for arch, by_dtype in load_tiles()[kernel].items():
             for dtype, by_size in by_dtype.items():
-                assert len(orders(by_size, kernel)) == 1, (kernel, arch, dtype)
+                first, *others = by_size.values()
+                assert all(same_row_order(kernel, first, t) for t in others), (kernel, arch, dtype)
 
 
-@pytest.mark.parametrize("kernel", ROW_ORDER)
-def test_every_size_of_a_chip_multiplies_by_the_same_instruction(kernel):
-    """NVIDIA's from sm_90 on, of 64 rows, or the smaller one: the two may add in another order."""
-    for arch, by_dtype in load_tiles()[kernel].items():
-        for dtype, by_size in by_dtype.items():
-            wide = {t.blocks["BLOCK_M"] >= 64 and t.num_warps % 4 == 0 for t in by_size.values()}
-            assert len(wide) == 1, (kernel, arch, dtype)
+def test_the_order_of_a_rows_sums_is_that_of_blocks_and_of_the_matrix_instruction():
+    tile = Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4)
+    for name, changed, alike in (
+        ("BLOCK_K", 32, {"grouped_weight_grad"}),
+        ("BLOCK_N", 32, {"grouped_weight_grad", "grouped_linear"}),
+        ("BLOCK_M", 32, {"grouped_weight_grad"}),
+        ("BLOCK_M", 128, {"grouped_weight_grad", "grouped_linear", "swiglu_backward"}),
+    ):
+        other = tile._replace(blocks=tile.blocks | {name: changed})
+        kernels = ("grouped_weight_grad", "grouped_linear", "swiglu_backward")
+        assert {k for k in kernels if same_row_order(k, tile, other)} == alike
 
 
 @pytest.mark.parametrize("arch", [*KIB, *UNKNOWN])
