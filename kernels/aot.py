@@ -1,6 +1,6 @@
 """What does a Triton kernel need of a chip? Compiled ahead of time, without one.
 
-    python -m kernels.aot [OP ...] [--arch sm_80 sm_89 sm_90 gfx942] [--json FILE]
+    python -m kernels.aot [OP ...] [--arch sm_80 sm_89 sm_90 gfx942] [--quick] [--json FILE]
 
 Compiles each kernel of `kernels/OP_triton.py` with the tiles that it ships, and prints registers,
 spills, shared memory and the instructions that matter. Needs no GPU, and must run without Triton's
@@ -53,7 +53,8 @@ class AotCase(NamedTuple):
     arguments: name -> dtype of a pointer (divisible by 16), int or float; None for an absent one.
     tile: block sizes and launch options. constants: further constexprs. divisible: integer
     arguments that are multiples of 16. architectures: for which the kernel is launched so.
-    spills: whether they are allowed. name: tells cases of one kernel apart.
+    spills: whether they are allowed. name: tells cases of one kernel apart. rare: left out with
+    `--quick`.
     """
 
     kernel: Any
@@ -64,6 +65,7 @@ class AotCase(NamedTuple):
     architectures: tuple[str, ...] = ARCHITECTURES
     spills: bool = False
     name: str = ""
+    rare: bool = False
 
     def label(self) -> str:
         """Kernel, dtype of its first pointer, and constants."""
@@ -80,17 +82,21 @@ class AotCase(NamedTuple):
 class Resources(NamedTuple):
     """registers of a thread; spills: instructions that move registers to memory and back;
     shared_memory: bytes; has_dot: whether the kernel multiplies matrices, itself or in a function
-    that it calls; matrix: matrix-unit instructions (wgmma on sm_90); wide_loads, narrow_loads,
-    loads: from global memory, those of 16 bytes, of at most 2, and all."""
+    that it calls; matrix: matrix-unit instructions (wgmma on sm_90); old_matrix: those of sm_80 on
+    sm_90, several times slower than wgmma; wide_loads, narrow_loads, loads: from global memory,
+    those of 16 bytes, of at most 2, and all; tile_loads: how many of 16 bytes the loads of 16-bit
+    matrices come to, the wide_loads that there should be at least."""
 
     registers: int
     spills: int
     shared_memory: int
     has_dot: bool
     matrix: int
+    old_matrix: int
     wide_loads: int
     narrow_loads: int
     loads: int
+    tile_loads: int
 
 
 def compile_case(case: AotCase, arch: str) -> Any:
@@ -128,9 +134,21 @@ def compile_case(case: AotCase, arch: str) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
+def _tile_loads(compiled: Any, lanes: int) -> int:
+    """16-byte loads of a thread for the 16-bit matrices that Triton's last representation loads.
+
+    A load of a matrix that has less than 16 bytes for each thread counts as one.
+    """
+    load = r"(?:tt\.load|async_copy_global_to_local)\b.*: tensor<(\d+)x(\d+)x!tt\.ptr<b?f16>"
+    at_once = 8 * lanes * compiled.metadata.num_warps
+    matrices = re.findall(load, compiled.asm["ttgir"])
+    return sum(-(-int(rows) * int(columns) // at_once) for rows, columns in matrices)
+
+
 def resources(compiled: Any, arch: str) -> Resources:
     """What a compiled kernel needs, read from its machine code."""
     shared, has_dot = compiled.metadata.shared, "tt.dot" in compiled.asm["ttir"]
+    tile_loads = _tile_loads(compiled, 32 if arch.startswith("sm_") else 64)
     if not arch.startswith("sm_"):
         text = compiled.asm["amdgcn"]
 
@@ -142,7 +160,8 @@ def resources(compiled: Any, arch: str) -> Resources:
         wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
         narrow = len(re.findall(r"(?:global|buffer)_load_[us]?(?:byte|short)", text))
         loads = len(re.findall(r"(?:global|buffer)_load_", text))
-        return Resources(registers, spills, shared, has_dot, matrix, wide, narrow, loads)
+        numbers = matrix, 0, wide, narrow, loads, tile_loads
+        return Resources(registers, spills, shared, has_dot, *numbers)
     import triton
 
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -161,13 +180,15 @@ def resources(compiled: Any, arch: str) -> Resources:
         return len(re.findall(pattern, code))
 
     assert usage is not None
+    old_matrix = count(r"\bHMMA") if arch == "sm_90" else 0
     matrix = count("HGMMA") if arch == "sm_90" else count(r"\bHMMA")
     copies = count("UTMALDG")  # by the copy engine, always wide
     wide = count(r"\bLDG(?:STS)?\.[^;]*\.128") + copies
     narrow = count(r"\bLDG\.[^;]*\.[US](?:8|16)\b")
     loads = count(r"\bLDG(?:STS)?\.") + copies
     spills = count(r"\bSTL\b") + count(r"\bLDL\b")
-    return Resources(int(usage[1]), spills, shared, has_dot, matrix, wide, narrow, loads)
+    numbers = matrix, old_matrix, wide, narrow, loads, tile_loads
+    return Resources(int(usage[1]), spills, shared, has_dot, *numbers)
 
 
 def operations() -> list[str]:
@@ -198,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(operations())}")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="the most important cases alone")
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args(argv)
     table: dict[str, dict[str, dict[str, int | bool]]] = {}
@@ -205,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     for op in options.ops or operations():
         for case in cases_of(op):
             for arch in options.arch:
-                if arch not in case.architectures:
+                if arch not in case.architectures or (case.rare and options.quick):
                     continue
                 needed = resources(compile_case(case, arch), arch)
                 facts = needed._asdict()

@@ -90,6 +90,7 @@ def _add_key_gradients(
     HAS_DOCUMENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Add what query blocks first .. end - 1 of one head contribute; all matrices transposed."""
@@ -133,7 +134,11 @@ def _add_key_gradients(
         grad_scores = (probs * (grad_probs - delta[None, :])).to(q.dtype)
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
         if ATOMIC:
-            share = tl.dot(tl.trans(grad_scores), k, input_precision="ieee")
+            if 4 * BLOCK_M <= BLOCK_N and BLOCK_P >= 64 and BLOCK_P <= 128:
+                # Transposed: Hopper's wgmma takes no fewer than 64 rows. Wide heads would spill.
+                share = tl.trans(tl.dot(tl.trans(k), grad_scores, input_precision="ieee"))
+            else:
+                share = tl.dot(tl.trans(grad_scores), k, input_precision="ieee")
             at = grad_q_ptr + grad_q_offsets
             mask = inside[:, None] & (tl.arange(0, BLOCK_P)[None, :] < HEAD_DIM)
             tl.atomic_add(at, share * (scale * LN_2), mask=mask, sem="relaxed")
@@ -247,6 +252,7 @@ def grad_keys_kernel(
                 HAS_DOCUMENTS,
                 HEAD_DIM,
                 BLOCK_M,
+                BLOCK_N,
                 BLOCK_P,
             )
     out_row = groups * HEAD_DIM

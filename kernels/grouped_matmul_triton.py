@@ -11,6 +11,7 @@ from kernels.grouped_tiles import (
     in_units,
     map_cases,
     matmul_cases,
+    matmul_variant,
     rows_of_tile,
     swizzle,
 )
@@ -293,6 +294,10 @@ def _backward(ctx, grad):
 grouped_matmul_op.register_autograd(_backward, setup_context=_save)
 
 
+# Weights in float32 have gradients in float32, whatever the matmuls run in.
+FLOAT32_OUT = {"out_ptr": torch.float32, "other_out_ptr": torch.float32}
+
+
 def aot_cases() -> list[AotCase]:
     """Every tile that ships."""
     scale, offset = {"scale_ptr": None}, {"offset_ptr": torch.int64}
@@ -302,19 +307,34 @@ def aot_cases() -> list[AotCase]:
         *matmul_cases("grouped_linear", _linear_kernel, scale, {}),
         *matmul_cases("grouped_transposed", _transposed_kernel, {}, one),
         *matmul_cases("grouped_weight_grad", _weight_grad_kernel, no_tokens, one),
+        *matmul_variant(
+            "float32-out", "grouped_weight_grad", _weight_grad_kernel, no_tokens | FLOAT32_OUT, one
+        ),
         *map_cases(),
     ]
 
 
 def expert_layer_cases() -> list[AotCase]:
-    """As `aot_cases`, with the operands that the expert layer passes to these kernels."""
+    """As `aot_cases`, with the operands that the expert layer passes to these kernels.
+
+    Rows that arrive sorted have no tokens. What `aot_cases` holds is not repeated.
+    """
     offset, int64 = {"offset_ptr": torch.int64}, torch.int64
     gather_left = offset | {"left_token_ptr": int64, "right_token_ptr": None}
     gather_right = offset | {"left_token_ptr": None, "right_token_ptr": int64}
-    kernel = _weight_grad_kernel
+    name, kernel = "grouped_weight_grad", _weight_grad_kernel
+    in_float32 = [
+        *matmul_variant("float32-out", name, kernel, gather_left | FLOAT32_OUT, {"HALVES": 1}),
+        *matmul_variant("float32-out", name, kernel, gather_right | FLOAT32_OUT, {"HALVES": 2}),
+    ]
+    no_tokens = offset | dict.fromkeys(("left_token_ptr", "right_token_ptr"))
     return [
         *matmul_cases("grouped_linear", _linear_kernel, {"scale_ptr": torch.float32}, {}),
         *matmul_cases("grouped_transposed", _transposed_kernel, {}, {"HALVES": 2}),
-        *matmul_cases("grouped_weight_grad", kernel, gather_left, {"HALVES": 1}),
-        *matmul_cases("grouped_weight_grad", kernel, gather_right, {"HALVES": 2}),
+        *matmul_cases(name, kernel, gather_left, {"HALVES": 1}),
+        *matmul_cases(name, kernel, gather_right, {"HALVES": 2}),
+        # Mixed precision trains so: not rare.
+        *(case._replace(rare=False) for case in in_float32),
+        *matmul_variant("sorted", name, kernel, no_tokens, {"HALVES": 2}),
+        *matmul_variant("sorted float32-out", name, kernel, no_tokens | FLOAT32_OUT, {"HALVES": 2}),
     ]

@@ -136,10 +136,10 @@ def shipped_tiles(kernel: str) -> Iterator[tuple[str, torch.dtype, Tile]]:
 def matmul_cases(
     name: str, kernel: Any, types: dict[str, Any], constants: dict[str, Any]
 ) -> Iterator[AotCase]:
-    """A matmul kernel in every tile of its name, and in bfloat16 also at odd sizes.
+    """A matmul kernel in every tile of its name, at sizes that are multiples of 8 and at others.
 
-    types: name of an argument -> its dtype; the others are pointers to the dtype of the tile, or
-    integers.
+    types: name of an argument -> its dtype, None if it is absent; the others are pointers to the
+    dtype of the tile, or integers.
     """
     for arch, dtype, tile in shipped_tiles(name):
         known: dict[str, Any] = dict.fromkeys(kernel.arg_names, int)
@@ -150,8 +150,17 @@ def matmul_cases(
         is_bfloat16 = dtype == torch.bfloat16
         case = AotCase(kernel, known | types, tile, constants | {"UNIT": 8}, (), (arch,))
         yield case._replace(spills=not is_bfloat16)
-        if is_bfloat16:
-            yield case._replace(constants=constants | {"UNIT": 1}, spills=True)
+        odd = case._replace(constants=constants | {"UNIT": 1}, spills=True)
+        yield odd._replace(rare=not is_bfloat16)
+
+
+def matmul_variant(
+    variant: str, name: str, kernel: Any, types: dict[str, Any], constants: dict[str, Any]
+) -> Iterator[AotCase]:
+    """As `matmul_cases`, but only in bfloat16 at multiples of 8: other operands, called so."""
+    for case in matmul_cases(name, kernel, types, constants):
+        if not case.spills:
+            yield case._replace(name=variant, rare=True)
 
 
 def map_cases() -> list[AotCase]:

@@ -15,6 +15,7 @@ F2 applies the scale, and F3 and B4 have nothing to do. F1 and B1 are the kernel
 B4 those of `kernels.dispatch_triton`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from kernels.grouped_matmul_triton import (
     transposed,
     weight_grads,
 )
-from kernels.grouped_tiles import Groups, in_units, matmul_cases
+from kernels.grouped_tiles import Groups, in_units, matmul_cases, matmul_variant
 from kernels.launch import first_derivative_only, on_device_of
 from kernels.swiglu_experts_kernels import down_backward_kernel, sum_partials_kernel, up_kernel
 from kernels.tiles import Tile
@@ -219,6 +220,7 @@ def aot_cases() -> list[AotCase]:
         constants = {"CLAMP": clamp}
         cases += matmul_cases("swiglu_up", up_kernel, types, constants)
         cases += matmul_cases("swiglu_backward", down_backward_kernel, backward, constants)
+    cases += _variants(types, backward)
     known: dict[str, Any] = {
         "partial_ptr": torch.float32,
         "row_of_ptr": torch.int64,
@@ -226,5 +228,33 @@ def aot_cases() -> list[AotCase]:
     }
     known |= {"out_ptr": torch.float32}
     known |= dict.fromkeys(("count", "num_rows", "num_experts", "num_parts"), int)
-    cases.append(AotCase(sum_partials_kernel, known, Tile({"BLOCK": 256})))
-    return cases
+    case = AotCase(sum_partials_kernel, known, Tile({"BLOCK": 256}))
+    return [*cases, case, case._replace(arguments=known | {"row_of_ptr": None}, name="sorted")]
+
+
+def _variants(types: dict[str, Any], backward: dict[str, Any]) -> Iterator[AotCase]:
+    """F1 and B1 with their other operands: by what is saved, and for sorted rows."""
+    keeps_a: dict[str, Any] = {"a_ptr": torch.bfloat16}
+    sorted_rows: dict[str, Any] = {"token_ptr": None}
+    without_h, h_alone = {"h_ptr": None}, {"a_ptr": None}
+    up = {
+        "without-h": without_h,
+        "h-alone": h_alone,
+        "sorted": sorted_rows,
+        "sorted without-h": sorted_rows | without_h,
+        "sorted h-alone": sorted_rows | h_alone,
+    }
+    unscaled = sorted_rows | {"scale_ptr": None}
+    down = {
+        "with-a": keeps_a,
+        "sorted": sorted_rows,
+        "sorted with-a": sorted_rows | keeps_a,
+        "sorted unscaled": unscaled,
+        "sorted unscaled with-a": unscaled | keeps_a,
+    }
+    no_clamp = {"CLAMP": False}
+    for name, others in up.items():
+        yield from matmul_variant(name, "swiglu_up", up_kernel, types | others, no_clamp)
+    kernel = down_backward_kernel
+    for name, others in down.items():
+        yield from matmul_variant(name, "swiglu_backward", kernel, backward | others, no_clamp)

@@ -18,17 +18,17 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import aot
-from kernels.aot import ARCHITECTURES, SHARED_MEMORY, AotCase, Resources, operations
+from kernels.aot import SHARED_MEMORY, AotCase, Resources, operations
 from kernels.tiles import Tile
 
 RECORD = Path(aot.__file__).with_name("results") / "aot.json"
 RENEW = "run: python -m kernels.aot --json kernels/results/aot.json"
 
 
-def compiled(op, archs, path):
+def compiled(op, path, *options):
     """What `kernels.aot` writes: versions, and kernels: case -> architecture -> what it needs."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.aot", op, "--json", str(path), "--arch", *archs]
+    command = [sys.executable, "-m", "kernels.aot", op, "--json", str(path), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(path.read_text())
@@ -53,20 +53,28 @@ def check(table):
             assert needed["spills"] == 0 or may_spill(label), (label, arch)
             if needed["has_dot"] and "bfloat16" in label:
                 assert needed["matrix"] > 0, (label, arch)
-                # Factors are read 16 bytes at a time; what is narrower is a number for each row.
-                element_by_element = needed["narrow_loads"] > 0 or needed["wide_loads"] == 0
-                assert element_by_element == ("UNIT=1 " in label), (label, arch)
+                # dQ by atomics has too few rows for wgmma; transposed, wide heads would spill more.
+                wide_atomic = "BLOCK_P=256 " in label and "ATOMIC=True" in label
+                assert needed["old_matrix"] == 0 or wide_atomic, (label, arch)
+                if arch == "gfx942" and "down_backward" in label:
+                    # 512 threads read quarters of 16 columns of H: 8 bytes for each.
+                    continue
+                # Matrices are read 16 bytes at a time, or at odd sizes number by number.
+                wide = needed["wide_loads"] >= needed["tile_loads"] > 0
+                assert wide == ("UNIT=1 " not in label), (label, arch)
+                assert wide == (needed["narrow_loads"] == 0), (label, arch)
 
 
 @pytest.mark.parametrize("op", operations())
 def test_kernels_compile_for_hopper(op, tmp_path):
-    check(compiled(op, ["sm_90"], tmp_path / "table.json")["kernels"])
+    table = compiled(op, tmp_path / "table.json", "--quick", "--arch", "sm_90")["kernels"]
+    check(table)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", operations())
 def test_kernels_compile_for_every_architecture_as_on_record(op, tmp_path):
-    now = compiled(op, ARCHITECTURES, tmp_path / "table.json")
+    now = compiled(op, tmp_path / "table.json")
     table = now["kernels"]
     check(table)
     record = json.loads(RECORD.read_text())
@@ -152,7 +160,7 @@ def test_a_kernel_that_spills_or_exceeds_its_chip_is_refused(
     needed, allowed, status, tmp_path, monkeypatch, capsys
 ):
     """The table is written all the same."""
-    facts = Resources(64, 0, 1024, True, 8, 8, 0, 8)._replace(**needed)
+    facts = Resources(64, 0, 1024, True, 8, 0, 8, 0, 8, 8)._replace(**needed)
     kernel = SimpleNamespace(__name__="kernel")
     case = AotCase(kernel, {"x_ptr": torch.bfloat16}, Tile({"BLOCK": 16}), spills=allowed)
     monkeypatch.setattr(aot, "cases_of", lambda op: [case])

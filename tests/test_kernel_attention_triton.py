@@ -149,6 +149,14 @@ def test_blocks_of_every_shape_visit_what_is_visible(
         check(tensors, deterministic, window=window, document_ids=ids)
 
 
+def test_gradient_by_atomics_of_few_queries_and_many_keys_equals_float64(device, monkeypatch):
+    """Such blocks, as GPUs have them, form it transposed."""
+    tile = triton.Tile({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_P": 64})
+    monkeypatch.setattr(triton, "_tile", lambda kernel, x: tile)
+    ids = torch.arange(100, device=device).repeat(2, 1) // 60
+    check(make((2, 70, 100, 2, 1, 40), device), False, window=30, document_ids=ids)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_documents_in_pieces_are_joined(device, deterministic):
     ids = make_documents(1, 200, device, ascending=False).long() * 2**40
