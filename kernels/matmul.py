@@ -50,9 +50,9 @@ def prefers_onednn() -> bool:
 
 def goes_to_onednn(x: Tensor) -> bool:
     """Whether products of `x` that are large enough go to oneDNN by this file's doing."""
-    if not prefers_onednn() or torch.is_autocast_enabled("cpu"):
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.device.type == "cpu" and prefers_onednn()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
