@@ -83,7 +83,7 @@ class Resources(NamedTuple):
     """registers of a thread; spills: instructions that move registers to memory and back;
     shared_memory: bytes; has_dot: whether the kernel multiplies matrices, itself or in a function
     that it calls; matrix: matrix-unit instructions (wgmma on sm_90); old_matrix: those of sm_80 on
-    sm_90, several times slower than wgmma; wide_loads, narrow_loads, loads: from global memory,
+    sm_90, which do not use all of its units; wide_loads, narrow_loads, loads: from global memory,
     those of 16 bytes, of at most 2, and all; tile_loads: how many of 16 bytes the loads of 16-bit
     matrices come to, the wide_loads that there should be at least."""
 

@@ -76,8 +76,8 @@ def plan_dispatch(
         if lowest < -1 or highest >= num_experts:
             wrong = highest if highest >= num_experts else lowest
             raise ValueError(
-                f"plan_dispatch: topk_indices holds {wrong}, must be below num_experts "
-                f"({num_experts}); -1 stands for no assignment"
+                f"plan_dispatch: topk_indices holds {wrong}, must be from 0 to "
+                f"num_experts - 1 ({num_experts - 1}), or -1 for no assignment"
             )
     if _plan_backend(backend, topk_indices, num_experts) == "triton":
         from kernels.dispatch_triton import plan_dispatch_op

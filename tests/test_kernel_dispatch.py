@@ -306,13 +306,13 @@ def test_wrong_inputs_are_named():
         ),
         (
             lambda: plan_dispatch(torch.tensor([[0, -2]]), 3, debug=True),
-            "plan_dispatch: topk_indices holds -2, must be below num_experts (3); "
-            "-1 stands for no assignment",
+            "plan_dispatch: topk_indices holds -2, must be from 0 to num_experts - 1 (2), or -1 "
+            "for no assignment",
         ),
         (
             lambda: plan_dispatch(torch.tensor([[0, 3]]), 3, debug=True),
-            "plan_dispatch: topk_indices holds 3, must be below num_experts (3); "
-            "-1 stands for no assignment",
+            "plan_dispatch: topk_indices holds 3, must be from 0 to num_experts - 1 (2), or -1 "
+            "for no assignment",
         ),
         (lambda: permute(torch.zeros(3, 4), plan), "permute: x has shape (3, 4), needs (2, any)"),
         (
