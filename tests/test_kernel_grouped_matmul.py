@@ -348,21 +348,6 @@ def test_map_of_tiles_covers_every_row_once(device):
         assert covered == expected
 
 
-def test_matrices_beyond_32_bits(device):
-    triton = pytest.importorskip("kernels.grouped_matmul_triton")
-    torch.use_deterministic_algorithms(False)
-    # 4 GiB of which a few pages are touched: the last matrix begins behind 2**31 elements.
-    num_experts = 2**13 + 1
-    far = torch.empty(num_experts, 512, 512, dtype=torch.bfloat16, device=device)
-    far[-1] = torch.eye(512) * 3
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
-    offsets[-1] = 2
-    rows = randn(2, 512, seed=1, device=device).bfloat16()
-    groups = triton.Groups(offsets, 2)
-    assert torch.equal(triton.grouped_linear(rows, far, groups), (rows.float() * 3).bfloat16())
-    assert torch.equal(triton.transposed(rows, (far,), groups), (rows.float() * 3).bfloat16())
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_never_wait_for_the_gpu(device):
