@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.bench import Case, CaseBuilder, Contestant, leaf
 from kernels.launch import (
@@ -263,10 +264,23 @@ def _benchmark_case(
             mask = key_mask(seq_len, seq_len, documents, None, q.device).unsqueeze(1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1]
         ).transpose(1, 2)
 
-    rivals = {"scaled_dot_product_attention": Contestant(library, (q, k, v))}
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return library(q, k, v)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Each query's own keys: with shared ones PyTorch would hold all scores in float32.
+        shared = num_heads // num_kv_heads
+        return library(q, *(x.repeat_interleave(shared, 2) for x in (k, v)))
+
+    # It takes no mask, and on a GPU no float32.
+    has_flash = documents is None and (device == "cpu" or dtype != torch.float32)
+    rivals = {
+        "scaled_dot_product_attention": Contestant(flash if has_flash else library, (q, k, v))
+    }
     if device == "cuda":
         rivals["FlexAttention"] = Contestant(_flex_attention(documents, seq_len), (q, k, v))
 
@@ -284,7 +298,7 @@ def _benchmark_case(
         name=name,
         ours=ours,
         leaves=(q, k, v),
-        reference=library,
+        reference=reference,
         rivals=rivals,
         grad=torch.randn(*q.shape, device=device).to(dtype),
         tokens=batch * seq_len,

@@ -1,29 +1,25 @@
 """How fast is a kernel, against named rivals and the machine's own limits?
 
     python -m kernels.bench OP [--shapes NAME ...] [--device cpu|cuda] [--dtype bfloat16]
-                               [--repeats N] [--threads N] [--json FOLDER] [--tune]
+                               [--repeats N] [--threads N] [--json PATH] [--tune]
 
 OP is a file of this folder with `benchmark_cases()`, in it or in OP_benchmark.py beside it, or
 `all` of them. Forward and gradients are checked against an exact reference first; a wrong result
 is not timed. All contestants run in one process, in turns. Printed are medians with the middle
 half's spread, TFLOP/s or GB/s, and the share of what a plain matmul or a copy reaches on the same
 machine in the same run; for ours also the bytes that are saved for the backward pass, and on a GPU
-the peak memory. --json adds a file CHIP_OP_DTYPE.json to a folder, of which `kernels.report` makes
-tables.
+the peak memory. --json writes them to PATH too, a file that ends in .json or a folder, where each
+operation gets its CHIP_OP_DTYPE.json; `kernels.report` makes tables of them.
 """
 
 import argparse
-import functools
 import importlib
 import importlib.util
 import json
-import platform
+import math
 import re
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import has_compiler, resolve_backend, tune_allocator
+from kernels.machine import Limits, clock_of, copy_rate, machine_facts, matmul_rate, seconds_of
 
 
 class Contestant(NamedTuple):
@@ -58,11 +55,12 @@ class Case(NamedTuple):
     """One shape of one operation.
 
     ours: takes `backend` and the leaves. reference: the same function of the leaves, for float64.
-    rivals: by name.
-    grad: gradient of the output. flops: of the forward pass, 0 where memory decides;
-    backward_flops: as counted where such kernels are compared, None for twice as many. moved_bytes:
-    what the forward pass has to read and write. tokens: rows of the input. compiles: whether
-    `torch_compile` is anything but `torch` here.
+    rivals: by name. large_rivals: those with tensors of their own as large as the leaves, which are
+    made when the reference's are gone; one that cannot be made does not take part. grad: gradient
+    of the output. flops: of the forward pass, 0 where memory decides; backward_flops: as counted
+    where such kernels are compared, None for twice as many. moved_bytes: what the forward pass has
+    to read and write. tokens: rows of the input. compiles: whether `torch_compile` is anything but
+    `torch` here.
     """
 
     name: str
@@ -76,6 +74,7 @@ class Case(NamedTuple):
     moved_bytes: float = 0.0
     backward_flops: float | None = None
     compiles: bool = False
+    large_rivals: Mapping[str, Callable[[], Contestant]] = {}
 
 
 class CaseBuilder(NamedTuple):
@@ -85,98 +84,15 @@ class CaseBuilder(NamedTuple):
     case: Callable[[], Case]
 
 
-class Limits(NamedTuple):
-    """What the machine reaches: FLOP/s of a plain matmul, bytes/s of a copy (read and written)."""
-
-    flops: float
-    bandwidth: float
-
-
 # Largest error, relative to the largest entry of the reference, at which a result is timed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# Elements that are compared at a time, in float64.
+ERROR_ELEMENTS = 1 << 28
 
 
 def leaf(*shape: int, std: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
     """A normal random tensor that takes gradients."""
     return torch.randn(*shape, device=device).mul_(std).to(dtype).requires_grad_()
-
-
-def host_seconds(call: Callable[[], object]) -> float:
-    """Of one call as the program sees it, until the GPU is done too."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def gpu_seconds(call: Callable[[], object]) -> float:
-    """Of what one call does on the GPU, by the GPU's clock and with cold caches.
-
-    A write of 1 GiB before it flushes the caches, and keeps the GPU busy (0.2 ms at 4.8 TB/s) while
-    the host launches the first kernels: of a short operation the launches are not timed.
-    """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flushed_memory().zero_()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-@functools.cache
-def _flushed_memory() -> Tensor:
-    return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-
-
-def clock_of(device: str | torch.device) -> Callable[[Callable[[], object]], float]:
-    """What times an operation on that device."""
-    return gpu_seconds if torch.device(device).type == "cuda" else host_seconds
-
-
-def seconds_of(
-    contestants: Mapping[str, Callable[[], object]],
-    repeats: int,
-    clock: Callable[[Callable[[], object]], float] = host_seconds,
-) -> dict[str, list[float]]:
-    """Time contestants in turns, after two calls each to warm up; seconds of every call.
-
-    In turns, since the speed of a shared or warming machine drifts over seconds.
-    """
-    for call in contestants.values():
-        clock(call)
-        clock(call)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, call in contestants.items():
-            times[name].append(clock(call))
-    return times
-
-
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of the best of several square matmuls: the machine's limit as PyTorch's libraries
-    reach it, by whichever way."""
-    # Not at the head: that file measures itself with this one.
-    from kernels.matmul import matmul
-
-    best = 0.0
-    for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
-        x = torch.randn(size, size, device=device).to(dtype)
-        times = seconds_of({"matmul": partial(matmul, x, x)}, 8, clock_of(device))["matmul"]
-        best = max(best, 2 * size**3 / min(times))
-    return best
-
-
-def copy_rate(device: str) -> float:
-    """Bytes/s, read and written, of a copy much larger than the caches."""
-    source = torch.zeros((1 << 27) if device == "cpu" else (1 << 30), dtype=torch.uint8)
-    source = source.to(device)
-    target = torch.empty_like(source)
-    times = seconds_of({"copy": partial(target.copy_, source)}, 8, clock_of(device))["copy"]
-    return 2 * source.numel() / min(times)
 
 
 def largest_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
@@ -191,9 +107,12 @@ def largest_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
         if not b.is_floating_point():
             errors.append(0.0 if torch.equal(a, b) else float("inf"))
             continue
-        scale = b.detach().abs().max().double().clamp(min=1e-30)
-        error = (a.detach().double() - b.detach().double()).abs().max() / scale
-        errors.append(float(error) if torch.isfinite(error) else float("inf"))
+        scale = max(float(end.abs()) for end in b.detach().aminmax())
+        # In parts: weights of a large layer would not fit a GPU in float64.
+        parts = (x.detach().flatten().split(ERROR_ELEMENTS) for x in (a, b))
+        differences = [(x.double() - y.double()).abs().max() for x, y in zip(*parts, strict=True)]
+        error = float(torch.stack(differences).max()) / max(scale, 1e-30)
+        errors.append(error if math.isfinite(error) else float("inf"))
     return max(errors)
 
 
@@ -262,12 +181,21 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
             "saved_bytes_per_token": saved_bytes(ours) / max(1, case.tokens),
             "peak_bytes": peak_bytes(partial(ours.both, case.grad)),
         }
-    for name, rival in case.rivals.items():
-        wrong = _what_is_wrong(rival, case.grad, expected[0], tolerance)
-        if wrong is None:
+    # The gradients may take more memory than all else.
+    output, expected = expected[0], ()
+    for name in (*case.rivals, *case.large_rivals):
+        try:
+            rival = case.rivals[name] if name in case.rivals else case.large_rivals[name]()
+            error = _error_of_rival(rival, case.grad, output)
+        except Exception as failure:  # whatever a library of others raises
+            lines = str(failure).strip().splitlines() or [""]
+            failed = f"fails here: {type(failure).__name__}: {lines[0]}"
+            result["contestants"][name] = {"wrong": failed}
+            continue
+        if error <= 3 * tolerance:
             contestants[name] = rival
         else:
-            result["contestants"][name] = {"wrong": wrong}
+            result["contestants"][name] = {"wrong": f"WRONG, error {error:.1e}"}
     forward = {name: partial(each.run, *each.leaves) for name, each in contestants.items()}
     both = {name: partial(each.both, case.grad) for name, each in contestants.items()}
     clock = clock_of(case.grad.device)
@@ -281,18 +209,11 @@ def run_case(case: Case, repeats: int, limits: Limits, tolerance: float) -> dict
     return result
 
 
-def _what_is_wrong(
-    rival: Contestant, grad: Tensor, expected: Tensor, tolerance: float
-) -> str | None:
-    """Why a rival is not timed: it fails here, or its output is another one."""
-    try:
-        output = rival.both(grad)[0]
-    except Exception as error:  # whatever a library of others raises
-        lines = str(error).strip().splitlines() or [""]
-        return f"fails here: {type(error).__name__}: {lines[0]}"
-    # A rival may round where ours does not: its gradients are its own affair.
-    off = largest_error((output,), (expected,)) if rival.same else 0.0
-    return None if off <= 3 * tolerance else f"WRONG, error {off:.1e}"
+def _error_of_rival(rival: Contestant, grad: Tensor, expected: Tensor) -> float:
+    """Of its output; its gradients, which must not fail, are its own affair: it may round where
+    ours does not."""
+    output = rival.both(grad)[0]
+    return largest_error((output,), (expected,)) if rival.same else 0.0
 
 
 def _timing(case: Case, seconds: Mapping[str, list[float]], limits: Limits) -> dict[str, Any]:
@@ -371,53 +292,6 @@ def cases_of(op: str, dtype: torch.dtype, device: str) -> list[CaseBuilder]:
     return module.benchmark_cases(dtype, device)
 
 
-def chip_name(device: str) -> str:
-    """`NVIDIA H200`, `AMD EPYC`, ..."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine_facts(device: str) -> dict[str, Any]:
-    """What a result depends on: chip, versions, commit."""
-    facts = {
-        "device": device,
-        "chip": chip_name(device),
-        "torch": torch.__version__,
-        "commit": commit_of(Path(__file__).parents[1]),
-    }
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        facts["triton"] = None
-    return facts | {"python": platform.python_version(), "threads": torch.get_num_threads()}
-
-
-def commit_of(checkout: Path) -> str | None:
-    """The commit that is checked out, with `-dirty` behind it where tracked files are changed,
-    except results and README.md, into which benchmarks write; None without git or a commit."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*command: str) -> str:
-        said = subprocess.run(["git", *command], capture_output=True, text=True, cwd=checkout)
-        return said.stdout.strip()
-
-    commit = git("describe", "--always")
-    if not commit:
-        return None
-    paths = "--", ".", ":(exclude)kernels/results", ":(exclude)README.md"
-    changed = git("status", "--porcelain", "--untracked-files=no", *paths)
-    return f"{commit}-dirty" if changed else commit
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark of one operation, or of all; 1 if any result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
@@ -430,7 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write the results there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write the results there too: a file, or a folder"
+    )
     parser.add_argument(
         "--tune", action="store_true", help="search tiles, write kernels/tiles.json"
     )
@@ -444,8 +320,8 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse("--device cuda: PyTorch sees no GPU; leave the option out, or use cpu")
     if options.tune and device == "cpu":
         return _refuse("--tune needs a GPU: tiles are those of Triton's kernels")
-    if options.json and options.json.exists() and not options.json.is_dir():
-        return _refuse(f"--json ({options.json}) must be a folder")
+    if options.json and (problem := _problem_with_path(options.json, options.op)):
+        return _refuse(problem)
     if options.threads:
         torch.set_num_threads(options.threads)
     tune_allocator()
@@ -470,6 +346,27 @@ def main(argv: list[str] | None = None) -> int:
     return int(any("wrong" in result for result in results))
 
 
+def _is_file(path: Path) -> bool:
+    """Whether --json names a file, of one operation."""
+    return path.suffix == ".json" and not path.is_dir()
+
+
+def _problem_with_path(path: Path, op: str) -> str | None:
+    """Why --json cannot be written to; None if it can, as far as is known."""
+    if _is_file(path):
+        return f"--json ({path}) must be a folder, for all operations" if op == "all" else None
+    if path.exists() and not path.is_dir():
+        return f"--json ({path}) must be a folder, or a file that ends in .json"
+    return None
+
+
+def _path_of_results(path: Path, facts: Mapping[str, Any]) -> Path:
+    if _is_file(path):
+        return path
+    chip = re.sub("[^a-z0-9]+", "_", facts["chip"].lower()).strip("_")
+    return path / f"{chip}_{facts['op']}_{facts['dtype']}.json"
+
+
 def run_operation(
     op: str, options: argparse.Namespace, limits: Limits, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -488,9 +385,8 @@ def run_operation(
         print(render(results[-1]), flush=True)
         if options.json:
             # After each case: what was measured stays, whatever the next one meets.
-            options.json.mkdir(parents=True, exist_ok=True)
-            chip = re.sub("[^a-z0-9]+", "_", facts["chip"].lower()).strip("_")
-            path = options.json / f"{chip}_{op}_{facts['dtype']}.json"
+            path = _path_of_results(options.json, facts)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
     return results
 

@@ -106,9 +106,11 @@ def _case(name: str, shape: Shape, routing: str, dtype: torch.dtype, device: str
     if has_compiler() and not x.is_cuda:
         compiled = torch.compile(dense_layer, dynamic=True)
         rivals["dense layer, torch.compile"] = _dense(x, shape, weight, compiled)
-    for library in LIBRARIES:
-        if importlib.util.find_spec(library.module) and (x.is_cuda or library.runs_on_cpu):
-            rivals[library.name] = library.build(leaves, indices, shape, dtype)
+    libraries = {
+        library.name: partial(library.build, leaves, indices, shape, dtype)
+        for library in LIBRARIES
+        if importlib.util.find_spec(library.module) and (x.is_cuda or library.runs_on_cpu)
+    }
 
     def ours(x, w1, w2, w3, combine, backend):
         plan = plan_dispatch(indices, shape.experts, backend=backend)
@@ -120,6 +122,7 @@ def _case(name: str, shape: Shape, routing: str, dtype: torch.dtype, device: str
         leaves=leaves,
         reference=partial(expert_by_expert, indices),
         rivals=rivals,
+        large_rivals=libraries,
         grad=torch.randn(shape.tokens, shape.hidden, device=device).to(dtype),
         tokens=shape.tokens,
         flops=6 * shape.tokens * shape.top_k * shape.hidden * shape.inner,

@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kernels.bench import Case, Contestant, clock_of, largest_error, reference_of, seconds_of
+from kernels.bench import Case, Contestant, largest_error, reference_of
+from kernels.machine import clock_of, seconds_of
 from kernels.tiles import Tile, Trial, on_trial, same_row_order, save_tile
 
 # What a number of a tile may become; those of a kernel that has no such number are left out.

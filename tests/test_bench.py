@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import bench, report, swiglu_experts_benchmark
+from kernels import bench, machine, report, swiglu_experts_benchmark
 from kernels.bench import (
     Case,
     CaseBuilder,
     Contestant,
-    Limits,
-    clock_of,
-    copy_rate,
-    gpu_seconds,
-    host_seconds,
     largest_error,
     leaf,
     main,
@@ -29,6 +24,13 @@ from kernels.bench import (
     render,
     run_case,
     saved_bytes,
+)
+from kernels.machine import (
+    Limits,
+    clock_of,
+    copy_rate,
+    gpu_seconds,
+    host_seconds,
     seconds_of,
 )
 from kernels.swiglu_experts_benchmark import LIBRARIES, Shape, benchmark_cases, expert_by_expert
@@ -77,6 +79,19 @@ def test_a_right_result_is_timed_beside_its_rivals():
 def test_error_is_relative_to_the_largest_entry():
     want = torch.tensor([0.0, 10.0], dtype=torch.float64)
     assert largest_error((torch.tensor([0.5, 10.0]),), (want,)) == pytest.approx(0.05)
+    # The largest may be negative, and of zeros there is none.
+    assert largest_error((torch.tensor([0.5, -10.0]),), (-want,)) == pytest.approx(0.05)
+    assert largest_error((torch.zeros(2),), (torch.zeros(2),)) == 0
+    assert largest_error((torch.tensor([torch.nan, 10.0]),), (want,)) == float("inf")
+
+
+@pytest.mark.parametrize("place", [0, 5, 9])
+def test_large_tensors_are_compared_in_parts(monkeypatch, place):
+    monkeypatch.setattr(bench, "ERROR_ELEMENTS", 3)
+    want = torch.ones(5, 2)
+    wrong = want.clone()
+    wrong.view(-1)[place] = 1.5
+    assert largest_error((wrong,), (want,)) == 0.5 and largest_error((want,), (want,)) == 0
 
 
 def test_integers_are_right_or_wrong():
@@ -163,8 +178,16 @@ def test_results_are_written_with_what_they_depend_on(tmp_path, capsys):
     (result,) = written["cases"]
     assert "D192" in result["name"] and "F.rms_norm" in result["contestants"]
     assert result["name"] in capsys.readouterr().out
-    assert main([*arguments, "--json", str(path)]) == 2
+    # The same file again, by its name; one for all operations there is not.
+    path.unlink()
+    assert main([*arguments, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["op"] == arguments[0]
+    capsys.readouterr()
+    assert main(["all", "--device", "cpu", "--json", str(path)]) == 2
     assert f"--json ({path}) must be a folder" in capsys.readouterr().err
+    other = path.rename(path.with_suffix(".txt"))
+    assert main([*arguments, "--json", str(other)]) == 2
+    assert f"--json ({other}) must be a folder, or a file" in capsys.readouterr().err
 
 
 def test_all_operations_can_be_run_at_once(capsys):
@@ -184,8 +207,10 @@ def test_a_rival_that_fails_or_is_wrong_is_not_timed():
         "wrong": Contestant(lambda x: x * 3, (leaf,)),
         "another operation": Contestant(lambda x: x * 3, (leaf,), same=False),
     }
-    result = run_case(right._replace(rivals=rivals), 2, LIMITS, 1e-3)
+    large = {"not made": lambda: broken(leaf), "made": lambda: right.rivals["another"]}
+    result = run_case(right._replace(rivals=rivals, large_rivals=large), 2, LIMITS, 1e-3)
     facts = result["contestants"]
+    assert facts["not made"] == facts["broken"] and facts["made"]["both_ms"] > 0
     assert facts["broken"] == {"wrong": "fails here: RuntimeError: no such chip"}
     assert facts["wrong"] == {"wrong": "WRONG, error 5.0e-01"}
     assert facts["another operation"]["both_ms"] > 0
@@ -308,15 +333,15 @@ def test_written_results_leave_the_checkout_clean_and_changed_code_does_not(tmp_
         file.write_text("1")
     git("init")
     git("add", ".")
-    assert bench.commit_of(tmp_path) is None
+    assert machine.commit_of(tmp_path) is None
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
     result.write_text("2")
     readme.write_text("2")
     (tmp_path / "new.txt").write_text("1")
-    clean = bench.commit_of(tmp_path)
+    clean = machine.commit_of(tmp_path)
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     code.write_text("2")
-    assert bench.commit_of(tmp_path) == f"{clean}-dirty"
+    assert machine.commit_of(tmp_path) == f"{clean}-dirty"
 
 
 def test_cases_are_built_without_libraries_that_measure_nothing():

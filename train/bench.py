@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench import matmul_rate, seconds_of
 from kernels.launch import tune_allocator
+from kernels.machine import matmul_rate, seconds_of
 from moe.config import ModelConfig
 from moe.interop.olmoe import check_is_olmoe
 from moe.model import MoETransformer, init_weights, num_parameters

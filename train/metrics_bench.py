@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.bench import seconds_of
+from kernels.machine import seconds_of
 from train.alarms import Alarms
 from train.config import RunConfig, load_config
 from train.engine import build_engine

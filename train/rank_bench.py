@@ -28,7 +28,7 @@ import numpy as np
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kernels.bench import machine_facts, seconds_of
+from kernels.machine import machine_facts, seconds_of
 from moe.config import ModelConfig
 from train.arguments import parse_arguments
 from train.config import RunConfig, dump_config, load_config
