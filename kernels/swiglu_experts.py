@@ -7,16 +7,15 @@ For token t, its experts e = e(t, k) and combine weights s = topk_weights[t, k]:
 
 With a clamp c: gate = min(gate, c), up = clip(up, -c, c) before the product (DeepSeek-V4).
 
-No gathered copy of x or of the output gradient g is saved, and on Triton no y
-(SonicMoE, arXiv 2512.14080): da' = w2[e]^T g_t, ds = <da', a> = <g_t, y>, da = s da'.
+No gathered copy of x or of the output gradient g is saved, and no y (SonicMoE, arXiv 2512.14080):
+da' = w2[e]^T g_t, ds = <da', a> = <g_t, y>, da = s da'.
 What is saved, per row:
 
     save="x"     nothing: gate and up are computed again (about 22 % more work)
     save="xh"    gate and up (2F), the default
     save="xha"   gate, up and a (3F)
 
-PyTorch keeps y (D) if the combine weights take gradients, <g_t, y> costs less than <da', a>, and
-never a: reading it back takes as long as computing it.
+PyTorch never keeps a: reading it back takes as long as computing it.
 Where the matmuls have another dtype than the weights (autocast from float32), the cast copies of
 w1, w2 and w3 are kept too, until the backward pass; in PyTorch also a stack of narrow w1 and w3.
 

@@ -7,10 +7,9 @@ about as many; what is done element by element runs over neighbouring experts at
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import DispatchPlan, dot_rows, sum_rows, weights_by_row
+from kernels.dispatch import DispatchPlan, sum_rows, weights_by_row
 from kernels.grouped_matmul import (
     Batch,
     RowLayout,
@@ -52,6 +51,7 @@ class _Needs(NamedTuple):
     w1: bool
     w2: bool
     w3: bool
+    scale: bool
 
 
 class _Rows(NamedTuple):
@@ -73,6 +73,36 @@ class _Rows(NamedTuple):
         if scale is None:
             return self.source.index_select(0, token)
         return sum_rows(self.source, token.unsqueeze(-1), scale, all_assigned=True)
+
+
+class _Scale(NamedTuple):
+    """The factor s of each row's y in two factors, for ds = <da', a> and da = s da'.
+
+    before (R,): of g as it is gathered, so that ds = <before da', a> / before. after (R,): of what
+    follows. None for 1.
+    """
+
+    before: Tensor | None
+    after: Tensor | None
+
+
+def _divide_scale(
+    scale: Tensor, layout: RowLayout, dtype: torch.dtype, needs: _Needs, options: Options
+) -> _Scale:
+    """In `dtype`, laid out as the rows; 0 in padding, whose gradients are in no sum.
+
+    All of it behind where that is compiled: it costs nothing there, and g is gathered faster
+    without. Else all before, which saves two passes, but where s is 0 or so small that products
+    with it could underflow.
+    """
+    scale = scale.to(dtype)
+    if options.compiled:
+        return _Scale(None, place_rows(scale, layout))
+    small = scale.abs() < torch.finfo(dtype).tiny ** 0.5
+    if not needs.scale or not small[: rows_in_use(layout)].any():
+        return _Scale(place_rows(scale, layout), None)
+    parts = scale.masked_fill(small, 1), scale.masked_fill(~small, 1)
+    return _Scale(*(place_rows(part, layout) for part in parts))
 
 
 class _Weights(NamedTuple):
@@ -148,6 +178,7 @@ def _forward_rows(
 def _backward_rows(
     grad_y: _Rows,
     x_rows: _Rows,
+    scale: _Scale,
     weights: _Weights,
     h_kept: Tensor | None,
     layout: RowLayout,
@@ -157,9 +188,9 @@ def _backward_rows(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of each row's y, which a scale of 0 keeps out of every sum in
-    padding. Returns the gradients of x_rows (R, D), w1, w2, w3, None where they are not needed;
-    those of unused rows are undefined.
+    grad_y (R, D) is the gradient of each row's s y, times `scale.before`. Returns the gradients of
+    x_rows (R, D), w1, w2, w3 and s (R,), None where they are not needed; those of rows are
+    undefined where a row is unused or padding.
     """
     num_experts, hidden, inner = weights.down.shape
     like = x_rows.source
@@ -169,6 +200,9 @@ def _backward_rows(
         for needed in (needs.w1, needs.w3)
     )
     grad_w2 = torch.empty_like(weights.down, dtype=weight_dtype) if needs.w2 else None
+    dots = None
+    if needs.scale:
+        dots = like.new_empty(layout.num_rows, dtype=torch.promote_types(like.dtype, torch.float32))
     for group in _groups(layout.batches, inner, like):
         rows, batches = group.rows, group.batches
         x, g = x_rows.of(group), grad_y.of(group)
@@ -179,7 +213,10 @@ def _backward_rows(
             h = h_kept[:, rows]
         grad_a = like.new_empty(len(x), inner)
         multiply_rows(g, weights.down, grad_a, batches)
-        a, grad_h = activate_backward(h, grad_a, options.clamp, compiled=options.compiled)
+        after, part = (None if t is None else t[rows] for t in (scale.after, dots))
+        a, grad_h = activate_backward(
+            h, grad_a, after, part, options.clamp, compiled=options.compiled
+        )
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
                 multiply_rows(part, stack, grad_x[rows], batches, add=i > 0)
@@ -191,7 +228,9 @@ def _backward_rows(
                     weight_gradients(part, x, (grad_w,), batches)
         if grad_w2 is not None:
             weight_gradients(g, a, (grad_w2,), batches)
-    return grad_x, grad_w1, grad_w2, grad_w3
+    if dots is not None and scale.before is not None:
+        dots /= scale.before
+    return grad_x, grad_w1, grad_w2, grad_w3, dots
 
 
 class SwigluExpertsSorted(torch.autograd.Function):
@@ -206,37 +245,35 @@ class SwigluExpertsSorted(torch.autograd.Function):
         x_rows = place_rows(rows, layout)
         y_rows, h = _forward_rows(_Rows(x_rows, None), weights, layout, options)
         y, used = take_rows(y_rows, layout, num_rows), rows_in_use(layout)
-        y_kept = None
-        if ctx.needs_input_grad[4]:
-            y_kept = y_rows.clone() if y is y_rows else y_rows
         y[:used] *= scale[:used].unsqueeze(-1)
-        ctx.save_for_backward(x_rows, scale, h, y_kept, weights.down, *weights.up)
+        ctx.save_for_backward(x_rows, scale, h, weights.down, *weights.up)
         ctx.layout, ctx.options = layout, options
         return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_y):
-        x_rows, scale, h, y, down, *up = ctx.saved_tensors
+        x_rows, scale, h, down, *up = ctx.saved_tensors
         layout, (x_dtype, w_dtype) = ctx.layout, ctx.dtypes
         num_rows, grad_y = scale.shape[0], grad_y.contiguous()
-        grad_x, *grad_weights = _backward_rows(
-            _Rows(place_rows(grad_y, layout), None, place_rows(scale, layout)),
+        needs = _Needs(*ctx.needs_input_grad[:5])
+        factors = _divide_scale(scale, layout, x_rows.dtype, needs, ctx.options)
+        grad_x, *grad_weights, grad_scale = _backward_rows(
+            _Rows(place_rows(grad_y, layout), None, factors.before),
             _Rows(x_rows, None),
+            factors,
             _Weights(up, down),
             h,
             layout,
             ctx.options,
             w_dtype,
-            _Needs(*ctx.needs_input_grad[:4]),
+            needs,
         )
         zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
-        grad_scale = None
         if grad_x is not None:
             grad_x = take_rows(grad_x, layout, num_rows).to(x_dtype)
-        if ctx.needs_input_grad[4]:
-            row_of = _places(layout, num_rows, y.device)
-            grad_scale = dot_rows(grad_y, y, row_of).view(-1).to(scale.dtype)
+        if grad_scale is not None:
+            grad_scale = take_rows(grad_scale, layout, num_rows).to(scale.dtype)
         return grad_x, *grad_weights, grad_scale, None, None
 
 
@@ -252,28 +289,30 @@ class SwigluExperts(torch.autograd.Function):
         everything = rows_in_use(layout) == plan.num_rows
         row_of = _row_of(plan, layout)
         out = sum_rows(y, row_of, topk_weights, all_assigned=everything)  # (T, D)
-        y_kept = y if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(x, topk_weights, h, y_kept, weights.down, *weights.up)
+        ctx.save_for_backward(x, topk_weights, h, weights.down, *weights.up)
         ctx.plan, ctx.layout, ctx.options = plan, layout, options
         return out
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_out):
-        x, topk_weights, h, y, down, *up = ctx.saved_tensors
+        x, topk_weights, h, down, *up = ctx.saved_tensors
         plan, layout = ctx.plan, ctx.layout
         x_dtype, w_dtype = ctx.dtypes
         token, grad_out = _tokens(plan, layout), grad_out.to(x.dtype).contiguous()
-        scale = place_rows(weights_by_row(plan.row_of, topk_weights), layout)
-        grad_rows, *grad_weights = _backward_rows(
-            _Rows(grad_out, token, scale),
+        needs = _Needs(*ctx.needs_input_grad[:5])
+        by_row = weights_by_row(plan.row_of, topk_weights)
+        factors = _divide_scale(by_row, layout, x.dtype, needs, ctx.options)
+        grad_rows, *grad_weights, grad_scale = _backward_rows(
+            _Rows(grad_out, token, factors.before),
             _Rows(x, token),
+            factors,
             _Weights(up, down),
             h,
             layout,
             ctx.options,
             w_dtype,
-            _Needs(*ctx.needs_input_grad[:4]),
+            needs,
         )
         zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
         row_of = _row_of(plan, layout)
@@ -281,8 +320,9 @@ class SwigluExperts(torch.autograd.Function):
         if grad_rows is not None:
             everything = rows_in_use(layout) == plan.num_rows
             grad_x = sum_rows(grad_rows, row_of, None, all_assigned=everything).to(x_dtype)
-        if ctx.needs_input_grad[4]:
-            grad_topk = dot_rows(grad_out, y, row_of).to(topk_weights.dtype)
+        if grad_scale is not None:
+            grad_topk = grad_scale[row_of.clamp(min=0)].masked_fill_(row_of < 0, 0)
+            grad_topk = grad_topk.to(topk_weights.dtype)
         return grad_x, *grad_weights, grad_topk, None, None
 
 
@@ -296,14 +336,6 @@ def _tokens(plan: DispatchPlan, layout: RowLayout) -> Tensor:
     ends = torch.tensor([n for batch in layout.batches for n in batch.used]).cumsum(0)
     tokens = plan.token_of_row[ends - 1].repeat_interleave(sizes)
     return tokens.index_copy_(0, layout.position, plan.token_of_row[:used])
-
-
-def _places(layout: RowLayout, num_rows: int, device: torch.device) -> Tensor:
-    """(num_rows, 1) buffer row of each row, -1 for unused ones."""
-    position = layout.position
-    if position is None:
-        position = torch.arange(rows_in_use(layout), device=device)
-    return F.pad(position, (0, num_rows - position.numel()), value=-1).unsqueeze(-1)
 
 
 def _row_of(plan: DispatchPlan, layout: RowLayout) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from kernels.dispatch import dot_rows
 from kernels.launch import at_least_float32
 
 # A process with several models needs more compiled variants than the 8 that PyTorch allows.
@@ -48,15 +49,22 @@ def activate(h: Tensor, clamp: float | None, *, compiled: bool) -> Tensor:
 
 
 def activate_backward(
-    h: Tensor, grad_a: Tensor, clamp: float | None, *, compiled: bool
+    h: Tensor,
+    grad_a: Tensor,
+    scale: Tensor | None,
+    dots: Tensor | None,
+    clamp: float | None,
+    *,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A (n, F) anew, and the gradient of H, laid out as H, from that of A.
+    """s A (n, F) anew, and s times the gradient of H, laid out as H, from that of A.
 
-    compiled: in one pass of a kernel by `torch.compile`, which takes half the time of PyTorch's
-    five passes and rounds once.
+    scale: s (n,); None for 1. dots: (n,), filled with <dA, A> of each row; None where that is not
+    wanted. compiled: in one pass of a kernel by `torch.compile`, which takes half the time of
+    PyTorch's six, or eight with a scale, and rounds once.
     """
     a, grad_h = torch.empty_like(grad_a), torch.empty_like(h)
-    tensors = gate_and_up(h), grad_a, a, gate_and_up(grad_h)
+    tensors = gate_and_up(h), grad_a, scale, a, gate_and_up(grad_h), dots
     if compiled and _may_compile(h):
         _compiled(_fill_gradients)(*tensors, _clamp_tensor(clamp, h.device))
     else:
@@ -65,9 +73,15 @@ def activate_backward(
 
 
 def _fill_by_passes(
-    h: _Pair, grad_a: Tensor, a: Tensor, grad_h: _Pair, clamp: float | None
+    h: _Pair,
+    grad_a: Tensor,
+    scale: Tensor | None,
+    a: Tensor,
+    grad_h: _Pair,
+    dots: Tensor | None,
+    clamp: float | None,
 ) -> None:
-    """Fill A and the gradients of gate and up."""
+    """Fill s A, s times the gradients of gate and up, and <dA, A>."""
     (gate, up), (grad_gate, grad_up) = clamped(*h, clamp), grad_h
     activated = F.silu(gate)
     torch.mul(activated, grad_a, out=grad_up)
@@ -76,6 +90,12 @@ def _fill_by_passes(
     if clamp is not None:
         grad_gate.masked_fill_(h[0] > clamp, 0)
         grad_up.masked_fill_(h[1].abs() > clamp, 0)
+    if dots is not None:
+        each = torch.arange(len(a), device=a.device).unsqueeze(-1)
+        dots.copy_(dot_rows(grad_a, a, each).squeeze(-1))
+    if scale is not None:
+        for x in (a, grad_gate, grad_up):
+            x.mul_(scale.unsqueeze(-1))
 
 
 def _fill_activation(h: _Pair, a: Tensor, clamp: Tensor | None) -> None:
@@ -87,7 +107,13 @@ def _fill_activation(h: _Pair, a: Tensor, clamp: Tensor | None) -> None:
 
 
 def _fill_gradients(
-    h: _Pair, grad_a: Tensor, a: Tensor, grad_h: _Pair, clamp: Tensor | None
+    h: _Pair,
+    grad_a: Tensor,
+    scale: Tensor | None,
+    a: Tensor,
+    grad_h: _Pair,
+    dots: Tensor | None,
+    clamp: Tensor | None,
 ) -> None:
     """What `_fill_by_passes` fills, in plain operators; in float32 until it is stored."""
     raw_gate, raw_up, grad_a = (at_least_float32(x) for x in (*h, grad_a))
@@ -101,9 +127,13 @@ def _fill_gradients(
     if clamp is not None:
         grad_gate = grad_gate.masked_fill(raw_gate > clamp, 0)
         grad_up = grad_up.masked_fill(raw_up.abs() > clamp, 0)
-    a.copy_(activated * up)
-    grad_h[0].copy_(grad_gate)
-    grad_h[1].copy_(grad_up)
+    product = activated * up
+    if dots is not None:
+        dots.copy_((grad_a * product).sum(-1))
+    factor = 1 if scale is None else at_least_float32(scale).unsqueeze(-1)
+    a.copy_(product * factor)
+    grad_h[0].copy_(grad_gate * factor)
+    grad_h[1].copy_(grad_up * factor)
 
 
 def _may_compile(h: Tensor) -> bool:

@@ -220,6 +220,29 @@ def test_gradcheck(case, save):
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "torch_compile", "triton"])
+def test_gradients_where_combine_weights_vanish(request, device, backend):
+    if backend == "torch_compile":
+        device = torch.device("cpu")
+        request.getfixturevalue("compiler")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    indices, plan, tensors = inputs("random", 63, device)
+    tensors[4][:20] = 0
+    tensors[4][20:40] *= 1e-30
+    exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
+    exact = oracle(*exact_in, indices)
+    ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
+    grad = randn(*ours.shape, seed=5, device=device)
+    actual, expected = gradients(ours, grad, *ours_in), gradients(exact, grad, *exact_in)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        assert_equals(a, b, name)
+    assert (actual[0][:20] == 0).all() and (expected[4][:20] != 0).all()
+    for tokens in (slice(0, 20), slice(20, 40)):
+        assert_equals(actual[4][tokens], expected[4][tokens])
+    assert_equals(actual[0][20:40], expected[0][20:40])
+
+
 def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device, backend):
     indices, plan, tensors = inputs("dropped", 63, device)
     ours_in = leaves(*tensors)
@@ -627,6 +650,23 @@ def test_backward_keeps_the_bytes_that_save_names(device, save):
     assert {t.dtype for t in others} <= {torch.float32, torch.int64, torch.bfloat16}
     wide = [t for t in saved.values() if t.dtype != torch.bfloat16]
     assert sum(t.numel() * t.element_size() for t in wide) == 32 * 3 * (4 + 8 + 8) + 8 * 8
+
+
+@pytest.mark.parametrize("save", ["x", "xh", "xha"])
+def test_pytorch_keeps_gate_and_up_alone_beside_its_inputs(save):
+    _, plan, tensors = inputs("random", 32, "cpu", width=NARROW)
+    ours_in, kept = leaves(*tensors), {}
+    inputs_at = {t.data_ptr() for t in ours_in}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in inputs_at:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save, backend="torch")
+    # 4 bytes of 2 F, for each of 3 assignments of 32 tokens; a is computed anew.
+    assert sum(kept.values()) == (0 if save == "x" else 32 * 3 * 2 * NARROW * 4)
 
 
 def test_nothing_is_kept_without_gradients(device):

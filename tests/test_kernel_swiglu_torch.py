@@ -12,10 +12,13 @@ from kernels.swiglu_torch import MAX_VARIANTS, activate, activate_backward
 def test_under_a_counter_in_a_thread_and_whatever_the_default_device(compiler):
     h, grad_a = randn(1, 6, 40, seed=1, device="cpu"), randn(6, 20, seed=2, device="cpu")
 
+    scale = randn(6, seed=3)
+
     def both_ways(compiled=True):
         a = activate(h, 0.5, compiled=compiled)
-        gradients = activate_backward(h, grad_a, 0.5, compiled=compiled)
-        return a, *gradients, torch.compiler.config.recompile_limit
+        dots = h.new_empty(6)
+        gradients = activate_backward(h, grad_a, scale, dots, 0.5, compiled=compiled)
+        return a, *gradients, dots, torch.compiler.config.recompile_limit
 
     *expected, _ = both_ways(compiled=False)
     results = [both_ways()]

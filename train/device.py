@@ -55,7 +55,8 @@ def choose_kernels(setting: str, device: str) -> str:
 @cache
 def _try_compiler() -> None:
     try:
-        activate_backward(torch.zeros(1, 2, 8), torch.zeros(2, 4), None, compiled=True)
+        h, grad_a = torch.zeros(1, 2, 8), torch.zeros(2, 4)
+        activate_backward(h, grad_a, torch.ones(2), torch.empty(2), None, compiled=True)
     except RuntimeError as error:  # a compiler that fails, no headers of Python, a full disk, ...
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A compiler says what is missing amid pages of flags.
