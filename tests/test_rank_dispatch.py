@@ -10,8 +10,10 @@ from conftest import randn, relative_error
 from rank_cases import run_ranks
 
 from kernels.dispatch import DispatchPlan
+from moe.config import ModelConfig
 from moe.dispatcher import expert_parallel_dispatch, local_dispatch
 from moe.routing import Routing, make_routing
+from train.activation_memory import exchanged_rows
 from train.ranks import Ranks
 from train.work_clock import WorkClock
 
@@ -39,6 +41,44 @@ def routing_of(case: str, num_tokens: int, rank: int) -> Routing:
         indices = indices.new_tensor([0, 1, -1]).expand(num_tokens, 3).clone()
     weights = weights.masked_fill(indices < 0, 0)
     return make_routing(scores.double(), scores.double(), weights, indices, None)
+
+
+def kept_bytes(ranks: Ranks, name: str, hidden: int) -> tuple[int, int]:
+    """What the forward pass saves where all experts are here, and where ranks share them; each
+    token goes to one expert of each half."""
+    from moe.variants import load_variant
+
+    module = load_variant("experts", name)
+    tokens = torch.arange(64)
+    indices = torch.stack([tokens % 4, 4 + tokens % 4], 1)
+    weights = torch.rand(64, 2).requires_grad_()
+    routing = make_routing(torch.rand(64, E), torch.rand(64, E), weights, indices, None)
+    x, kept = torch.rand(64, hidden).requires_grad_(), []
+    for shares in (1, ranks.world_size):
+        experts = module.Experts(module.Config(), E // shares, hidden, 256)
+        known = {p.data_ptr() for p in (x, *experts.parameters())}
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
+            return saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if shares == 1:
+                out = local_dispatch(experts, x, routing)
+            else:
+                out, _ = expert_parallel_dispatch(experts, x, routing, dist.group.WORLD)
+        out.sum().backward()
+        kept.append(sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in known))
+    return kept[0], kept[1]
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_rows_that_are_exchanged_are_kept_as_planned(name):
+    hidden = 512
+    config = ModelConfig.model_validate({"moe": {"experts": {"name": name}}})
+    for alone, shared in run_ranks(2, kept_bytes, name, hidden):
+        expected = 64 * 2 * hidden * 4 * exchanged_rows(config)
+        assert shared - alone == pytest.approx(expected, rel=0.05)
 
 
 class Experts(torch.nn.Module):

@@ -23,14 +23,20 @@ def _kept_by_autograd(model: ModelConfig) -> int:
 
 
 def _kept_widths(model: ModelConfig) -> tuple[int, int]:
-    """Rows of (F,) and of (D,) or (l,) that experts keep for each assignment, outputs included.
+    """Rows of (F,) and of (D,) or (l,) that experts keep for each assignment.
 
-    Those of `moe.expert_rows` keep the rows too.
+    Those of `moe.expert_rows` keep the rows and their outputs.
     """
     experts = model.moe.experts
     if hasattr(experts, "save"):
-        return _KEPT_WIDTHS[experts.save], 1
+        return _KEPT_WIDTHS[experts.save], 0
     return _kept_by_autograd(model), 2
+
+
+def exchanged_rows(model: ModelConfig) -> int:
+    """Rows of (D,) or (l,) that are kept besides for each assignment that other ranks' experts
+    serve: as they come back, and those that arrive, which `moe.expert_rows` keeps anyway."""
+    return 2 if hasattr(model.moe.experts, "save") else 1
 
 
 def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) -> int:
@@ -44,11 +50,12 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     padding, and buffers keep the rows that do not run as well.
     """
     training, hidden = config.training, model.hidden_size
+    shares = config.parallel.expert_parallel_size
     tokens = config.micro_batch_size * training.seq_len
     blocks = [
         tokens * _attention_bytes(here, training.seq_len, compute_bytes)
-        + tokens * _feed_forward_bytes(here, layer, compute_bytes)
-        + _weight_copy_bytes(here, layer, compute_bytes)
+        + tokens * _feed_forward_bytes(here, layer, compute_bytes, shares)
+        + _weight_copy_bytes(here, layer, compute_bytes, shares)
         + _padding_bytes(here, layer, tokens, compute_bytes)
         for layer, here in enumerate(map(model.at, range(model.num_layers)))
     ]
@@ -82,13 +89,16 @@ def _attention_bytes(model: ModelConfig, seq_len: int, c: int) -> int:
     return kept + c * num_heads * seen // seq_len
 
 
-def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
-    """Bytes a token of the norm and the feed-forward part of a block."""
+def _feed_forward_bytes(model: ModelConfig, layer: int, c: int, shares: int) -> int:
+    """Bytes a token of the norm and the feed-forward part of a block, whose experts `shares` ranks
+    share."""
     kept = (_FLOAT32 + c) * model.hidden_size
     if not model.is_moe_layer(layer):
         return kept + c * _kept_by_autograd(model) * model.dense_intermediate_size
     moe = model.moe
     inner, outer = _kept_widths(model)
+    if shares > 1:
+        outer += exchanged_rows(model)
     kept += c * (inner * moe.intermediate_size + outer * model.expert_hidden_size) * model.top_k
     # What a gate multiplies: the sum of the shared experts, and that of the routed ones.
     kept += c * SHARED_GATE_WIDTHS[moe.shared_gate] * model.hidden_size
@@ -103,14 +113,15 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> int:
     return kept + (3 * 8 + 2 * _FLOAT32) * model.top_k
 
 
-def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
+def _weight_copy_bytes(model: ModelConfig, layer: int, c: int, shares: int) -> int:
     """Copies of weights that a block keeps: all that are multiplied in bfloat16; in float32, w1 and
-    w3 where they are stacked."""
+    w3 where they are stacked. Of experts one of `shares`."""
     moe = model.moe
+    num_experts = moe.num_experts // shares
     if c == _FLOAT32:
         narrow = hasattr(moe.experts, "save") and moe.intermediate_size < NARROW
         stacked = model.is_moe_layer(layer) and narrow
-        return 2 * c * model.expert_hidden_size * moe.num_experts * moe.intermediate_size * stacked
+        return 2 * c * model.expert_hidden_size * num_experts * moe.intermediate_size * stacked
     heads = 2 * model.attention.num_heads + 2 * model.num_kv_heads
     matrices = 3 if moe.experts.has_gate else 2
     if not model.is_moe_layer(layer):
@@ -118,7 +129,7 @@ def _weight_copy_bytes(model: ModelConfig, layer: int, c: int) -> int:
     else:
         shared = moe.num_shared_experts * model.shared_intermediate_size
         widths = matrices * shared + 2 * (moe.latent_size or 0)
-        experts = matrices * moe.num_experts * moe.intermediate_size
+        experts = matrices * num_experts * moe.intermediate_size
     return c * (
         model.hidden_size * (heads * model.head_dim + widths) + model.expert_hidden_size * experts
     )
