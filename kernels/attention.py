@@ -230,8 +230,9 @@ def _check(
 
 
 def benchmark_cases(dtype: torch.dtype, device: str) -> list[CaseBuilder]:
-    """Against `scaled_dot_product_attention`: packed documents, and plain causal with its flash
-    kernel and, where it compiles, FlexAttention; 16 thousand tokens on a GPU, queries in groups."""
+    """Against `scaled_dot_product_attention`, with its flash kernel where that can do it, and on a
+    GPU FlexAttention: packed documents and plain causal; 16 thousand tokens there, queries in
+    groups."""
     shapes = [(16, 256, 8, 8, 32), (8, 512, 8, 8, 64), (4, 1024, 8, 8, 64)]
     if device == "cuda":
         lengths = (512, 1024, 2048, 4096, 8192, 16384)
@@ -276,7 +277,7 @@ def _benchmark_case(
         shared = num_heads // num_kv_heads
         return library(q, *(x.repeat_interleave(shared, 2) for x in (k, v)))
 
-    # It takes no mask, and on a GPU no float32.
+    # On a GPU it takes neither a mask nor float32.
     has_flash = documents is None and (device == "cpu" or dtype != torch.float32)
     rivals = {
         "scaled_dot_product_attention": Contestant(flash if has_flash else library, (q, k, v))

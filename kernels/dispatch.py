@@ -139,24 +139,6 @@ def sum_rows(rows: Tensor, row_of: Tensor, weights: Tensor | None, *, all_assign
     return F.embedding_bag(row_of, rows, mode="sum", per_sample_weights=weights)
 
 
-def dot_rows(grad_out: Tensor, rows: Tensor, row_of: Tensor) -> Tensor:
-    """(T, K) <grad_out[t], rows[row_of[t, k]]>, 0 where row_of is -1: the gradient of the weights
-    of `sum_rows` from that of its result, (T, D), which must have the dtype of `rows`.
-
-    Gathers nothing, sums in float32 and rounds to the dtype of `rows`. By an operator that PyTorch
-    keeps for its own `embedding_bag` and cannot differentiate again: `_grad_weights` does it where
-    that is needed.
-    """
-    num_tokens, top_k = row_of.shape
-    if rows.shape[0] == 0 or row_of.numel() == 0:
-        return rows.new_zeros(row_of.shape)
-    token = torch.arange(num_tokens, device=rows.device).repeat_interleave(top_k)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out, rows, row_of.clamp(min=0).reshape(-1), token[::top_k], token, 0
-    )
-    return dots.view(row_of.shape).masked_fill_(row_of < 0, 0)
-
-
 def weights_by_row(row_of: Tensor, topk_weights: Tensor) -> Tensor:
     """(R,) the combine weight of each row; 0 for unused rows. Both arguments (T, K)."""
     # Dropped assignments write to one row more, which is cut off: a mask would synchronise.

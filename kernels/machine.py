@@ -79,7 +79,7 @@ def seconds_of(
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of the best of several square matmuls: the machine's limit as PyTorch's libraries
     reach it, by whichever way."""
-    # Not at the head: that file measures itself with this one.
+    # Not at the head: that file is measured by one that imports this.
     from kernels.matmul import matmul
 
     best = 0.0

@@ -68,7 +68,7 @@ class _Rows(NamedTuple):
         scale = None if self.scale is None else self.scale[group.rows].unsqueeze(-1)
         if self.token is None:
             rows = self.source[group.rows]
-            return rows if scale is None else rows * scale.to(rows.dtype)
+            return rows if scale is None else rows * scale
         token = self.token[group.rows]
         if scale is None:
             return self.source.index_select(0, token)
@@ -78,8 +78,8 @@ class _Rows(NamedTuple):
 class _Scale(NamedTuple):
     """The factor s of each row's y in two factors, for ds = <da', a> and da = s da'.
 
-    before (R,): of g as it is gathered, so that ds = <before da', a> / before. after (R,): of what
-    follows. None for 1.
+    before (R,): of g as it is gathered, so that ds = <before da', a> / before. after (R,): of a and
+    of the gradient of H. None for 1.
     """
 
     before: Tensor | None
@@ -89,14 +89,14 @@ class _Scale(NamedTuple):
 def _divide_scale(
     scale: Tensor, layout: RowLayout, dtype: torch.dtype, needs: _Needs, options: Options
 ) -> _Scale:
-    """In `dtype`, laid out as the rows; 0 in padding, whose gradients are in no sum.
+    """In `dtype`, laid out as the rows; 0 in padding, which keeps it out of the sums over rows.
 
-    All of it behind where that is compiled: it costs nothing there, and g is gathered faster
-    without. Else all before, which saves two passes, but where s is 0 or so small that products
-    with it could underflow.
+    All of it after where that is compiled: it costs nothing there, and g is gathered faster
+    without. Else all before, which saves two passes; but where ds is wanted, not that of rows whose
+    s is 0 or so small that products with it could underflow, which float16's always could.
     """
     scale = scale.to(dtype)
-    if options.compiled:
+    if options.compiled or dtype == torch.float16:
         return _Scale(None, place_rows(scale, layout))
     small = scale.abs() < torch.finfo(dtype).tiny ** 0.5
     if not needs.scale or not small[: rows_in_use(layout)].any():
@@ -181,6 +181,7 @@ def _backward_rows(
     scale: _Scale,
     weights: _Weights,
     h_kept: Tensor | None,
+    *,
     layout: RowLayout,
     options: Options,
     weight_dtype: torch.dtype,
@@ -188,7 +189,7 @@ def _backward_rows(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of each row's s y, times `scale.before`. Returns the gradients of
+    grad_y (R, D) is the gradient of each row's s y. Returns the gradients of
     x_rows (R, D), w1, w2, w3 and s (R,), None where they are not needed; those of rows are
     undefined where a row is unused or padding.
     """
@@ -205,7 +206,7 @@ def _backward_rows(
         dots = like.new_empty(layout.num_rows, dtype=torch.promote_types(like.dtype, torch.float32))
     for group in _groups(layout.batches, inner, like):
         rows, batches = group.rows, group.batches
-        x, g = x_rows.of(group), grad_y.of(group)
+        x, g = x_rows.of(group), grad_y._replace(scale=scale.before).of(group)
         if h_kept is None:
             h = _empty_h(weights, len(x), like)
             _up_projection(x, weights.up, group, h)
@@ -213,9 +214,9 @@ def _backward_rows(
             h = h_kept[:, rows]
         grad_a = like.new_empty(len(x), inner)
         multiply_rows(g, weights.down, grad_a, batches)
-        after, part = (None if t is None else t[rows] for t in (scale.after, dots))
+        factor, dots_here = (None if t is None else t[rows] for t in (scale.after, dots))
         a, grad_h = activate_backward(
-            h, grad_a, after, part, options.clamp, compiled=options.compiled
+            h, grad_a, factor, dots_here, options.clamp, compiled=options.compiled
         )
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
@@ -259,15 +260,15 @@ class SwigluExpertsSorted(torch.autograd.Function):
         needs = _Needs(*ctx.needs_input_grad[:5])
         factors = _divide_scale(scale, layout, x_rows.dtype, needs, ctx.options)
         grad_x, *grad_weights, grad_scale = _backward_rows(
-            _Rows(place_rows(grad_y, layout), None, factors.before),
+            _Rows(place_rows(grad_y, layout), None),
             _Rows(x_rows, None),
             factors,
             _Weights(up, down),
             h,
-            layout,
-            ctx.options,
-            w_dtype,
-            needs,
+            layout=layout,
+            options=ctx.options,
+            weight_dtype=w_dtype,
+            needs=needs,
         )
         zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
         if grad_x is not None:
@@ -304,15 +305,15 @@ class SwigluExperts(torch.autograd.Function):
         by_row = weights_by_row(plan.row_of, topk_weights)
         factors = _divide_scale(by_row, layout, x.dtype, needs, ctx.options)
         grad_rows, *grad_weights, grad_scale = _backward_rows(
-            _Rows(grad_out, token, factors.before),
+            _Rows(grad_out, token),
             _Rows(x, token),
             factors,
             _Weights(up, down),
             h,
-            layout,
-            ctx.options,
-            w_dtype,
-            needs,
+            layout=layout,
+            options=ctx.options,
+            weight_dtype=w_dtype,
+            needs=needs,
         )
         zero_idle_experts(layout, *(g for g in grad_weights if g is not None))
         row_of = _row_of(plan, layout)

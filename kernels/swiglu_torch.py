@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kernels.dispatch import dot_rows
 from kernels.launch import at_least_float32
 
 # A process with several models needs more compiled variants than the 8 that PyTorch allows.
@@ -59,9 +58,9 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor]:
     """s A (n, F) anew, and s times the gradient of H, laid out as H, from that of A.
 
-    scale: s (n,); None for 1. dots: (n,), filled with <dA, A> of each row; None where that is not
-    wanted. compiled: in one pass of a kernel by `torch.compile`, which takes half the time of
-    PyTorch's six, or eight with a scale, and rounds once.
+    scale: s (n,); None for 1, where it is not compiled. dots: (n,), filled with <dA, A> of each
+    row; None where that is not wanted. compiled: in one pass of a kernel by `torch.compile`, which
+    takes half the time of PyTorch's six, or eight with a scale, and rounds once.
     """
     a, grad_h = torch.empty_like(grad_a), torch.empty_like(h)
     tensors = gate_and_up(h), grad_a, scale, a, gate_and_up(grad_h), dots
@@ -84,18 +83,29 @@ def _fill_by_passes(
     """Fill s A, s times the gradients of gate and up, and <dA, A>."""
     (gate, up), (grad_gate, grad_up) = clamped(*h, clamp), grad_h
     activated = F.silu(gate)
+    torch.mul(activated, up, out=a)
+    if dots is not None:
+        dots.copy_(dot_rows(grad_a, a))
+    if scale is not None:
+        a.mul_(scale.unsqueeze(-1))
+        grad_a = grad_a * scale.unsqueeze(-1)
     torch.mul(activated, grad_a, out=grad_up)
     torch.ops.aten.silu_backward(grad_a * up, gate, grad_input=grad_gate)
-    torch.mul(activated, up, out=a)
     if clamp is not None:
         grad_gate.masked_fill_(h[0] > clamp, 0)
         grad_up.masked_fill_(h[1].abs() > clamp, 0)
-    if dots is not None:
-        each = torch.arange(len(a), device=a.device).unsqueeze(-1)
-        dots.copy_(dot_rows(grad_a, a, each).squeeze(-1))
-    if scale is not None:
-        for x in (a, grad_gate, grad_up):
-            x.mul_(scale.unsqueeze(-1))
+
+
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) <a[i], b[i]> of two (n, F), summed in float32 and rounded to their dtype.
+
+    In one pass, by what `embedding_bag` has for the gradient of its weights; PyTorch's other ways
+    store all products first.
+    """
+    if a.numel() == 0:
+        return a.new_zeros(len(a))
+    each = torch.arange(len(a), device=a.device)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, each, each, each, 0)
 
 
 def _fill_activation(h: _Pair, a: Tensor, clamp: Tensor | None) -> None:
@@ -109,7 +119,7 @@ def _fill_activation(h: _Pair, a: Tensor, clamp: Tensor | None) -> None:
 def _fill_gradients(
     h: _Pair,
     grad_a: Tensor,
-    scale: Tensor | None,
+    scale: Tensor,
     a: Tensor,
     grad_h: _Pair,
     dots: Tensor | None,
@@ -130,7 +140,7 @@ def _fill_gradients(
     product = activated * up
     if dots is not None:
         dots.copy_((grad_a * product).sum(-1))
-    factor = 1 if scale is None else at_least_float32(scale).unsqueeze(-1)
+    factor = at_least_float32(scale).unsqueeze(-1)
     a.copy_(product * factor)
     grad_h[0].copy_(grad_gate * factor)
     grad_h[1].copy_(grad_up * factor)
@@ -150,8 +160,8 @@ def _clamp_tensor(clamp: float | None, device: torch.device) -> Tensor | None:
 
 
 def _compiled(formula: Callable[..., None]) -> Callable[..., None]:
-    """Compiled at the first call with each dtype, layout of H, number of threads, and with or
-    without a clamp; PyTorch keeps what it has compiled on disk."""
+    """Compiled at the first call with each dtype, layout of H and number of threads, with or
+    without a clamp and with or without `dots`; PyTorch keeps what it has compiled on disk."""
     # In each thread anew, which all have a limit of their own.
     if torch.compiler.config.recompile_limit < MAX_VARIANTS:
         torch.compiler.config.recompile_limit = MAX_VARIANTS

@@ -83,6 +83,7 @@ def test_error_is_relative_to_the_largest_entry():
     assert largest_error((torch.tensor([0.5, -10.0]),), (-want,)) == pytest.approx(0.05)
     assert largest_error((torch.zeros(2),), (torch.zeros(2),)) == 0
     assert largest_error((torch.tensor([torch.nan, 10.0]),), (want,)) == float("inf")
+    assert largest_error((want.unsqueeze(0),), (want,)) == float("inf")
 
 
 @pytest.mark.parametrize("place", [0, 5, 9])
@@ -178,7 +179,7 @@ def test_results_are_written_with_what_they_depend_on(tmp_path, capsys):
     (result,) = written["cases"]
     assert "D192" in result["name"] and "F.rms_norm" in result["contestants"]
     assert result["name"] in capsys.readouterr().out
-    # The same file again, by its name; one for all operations there is not.
+    # The same file again, by its name; a file cannot hold all operations.
     path.unlink()
     assert main([*arguments, "--json", str(path)]) == 0
     assert json.loads(path.read_text())["op"] == arguments[0]
@@ -207,8 +208,20 @@ def test_a_rival_that_fails_or_is_wrong_is_not_timed():
         "wrong": Contestant(lambda x: x * 3, (leaf,)),
         "another operation": Contestant(lambda x: x * 3, (leaf,), same=False),
     }
-    large = {"not made": lambda: broken(leaf), "made": lambda: right.rivals["another"]}
-    result = run_case(right._replace(rivals=rivals, large_rivals=large), 2, LIMITS, 1e-3)
+    calls: list[str] = []
+
+    def ours(x, backend):
+        calls.append("ours")
+        return right.ours(x, backend=backend)
+
+    def make():
+        # When ours has been checked.
+        assert "ours" in calls
+        return right.rivals["another"]
+
+    large = {"not made": lambda: broken(leaf), "made": make}
+    all_of_them = right._replace(ours=ours, rivals=rivals, large_rivals=large)
+    result = run_case(all_of_them, 2, LIMITS, 1e-3)
     facts = result["contestants"]
     assert facts["not made"] == facts["broken"] and facts["made"]["both_ms"] > 0
     assert facts["broken"] == {"wrong": "fails here: RuntimeError: no such chip"}

@@ -15,7 +15,7 @@ from conftest import (
     seeds,
 )
 
-from kernels.dispatch import dot_rows, permute, plan_dispatch, unpermute
+from kernels.dispatch import permute, plan_dispatch, unpermute
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 WIDTH = 17
@@ -134,29 +134,6 @@ def test_unpermute_and_its_gradients_equal_float64(device, backend, case, num_to
     grad_rows, grad_weights = gradients(ours, grad, *ours_in)
     assert_equals(grad_rows, expected[0], "rows")
     assert_equals(grad_weights, expected[1], "weights")
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 63])
-@pytest.mark.parametrize("case", ROUTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_products_of_rows_with_their_tokens_equal_float64(case, num_tokens, dtype):
-    indices, weights, num_experts = assignments(case, num_tokens, "cpu")
-    plan = plan_dispatch(indices, num_experts)
-    rows = randn(plan.num_rows, WIDTH, seed=1, device="cpu").to(dtype)
-    grad = randn(num_tokens, WIDTH, seed=2, device="cpu").to(dtype)
-    (exact_in,) = leaves(weights, dtype=torch.float64)
-    exact = unpermute_oracle(rows.double(), indices, exact_in, num_experts)
-    expected = torch.zeros_like(exact_in)
-    if exact.requires_grad:
-        (expected,) = gradients(exact, grad, exact_in)
-    rows[used_rows(plan) :] = torch.nan
-    dots = dot_rows(grad, rows, plan.row_of)
-    assert dots.dtype == dtype
-    if dtype == torch.bfloat16:
-        # Summed in float32 there too, and rounded once.
-        torch.testing.assert_close(dots.double(), expected, rtol=2**-8, atol=1e-5)
-    else:
-        assert_equals(dots, expected, "dots")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])

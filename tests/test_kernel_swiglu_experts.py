@@ -220,29 +220,6 @@ def test_gradcheck(case, save):
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "torch_compile", "triton"])
-def test_gradients_where_combine_weights_vanish(request, device, backend):
-    if backend == "torch_compile":
-        device = torch.device("cpu")
-        request.getfixturevalue("compiler")
-    if backend == "triton":
-        pytest.importorskip("triton")
-    indices, plan, tensors = inputs("random", 63, device)
-    tensors[4][:20] = 0
-    tensors[4][20:40] *= 1e-30
-    exact_in, ours_in = leaves(*tensors, dtype=torch.float64), leaves(*tensors)
-    exact = oracle(*exact_in, indices)
-    ours = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
-    grad = randn(*ours.shape, seed=5, device=device)
-    actual, expected = gradients(ours, grad, *ours_in), gradients(exact, grad, *exact_in)
-    for name, a, b in zip(NAMES, actual, expected, strict=True):
-        assert_equals(a, b, name)
-    assert (actual[0][:20] == 0).all() and (expected[4][:20] != 0).all()
-    for tokens in (slice(0, 20), slice(20, 40)):
-        assert_equals(actual[4][tokens], expected[4][tokens])
-    assert_equals(actual[0][20:40], expected[0][20:40])
-
-
 def test_zero_weights_give_zero_weight_gradients_of_dropped_assignments(device, backend):
     indices, plan, tensors = inputs("dropped", 63, device)
     ours_in = leaves(*tensors)
@@ -499,6 +476,40 @@ def test_second_derivatives_are_refused(device, backend, layer):
         torch.autograd.grad(out.sum(), ours_in, create_graph=True)
 
 
+@pytest.mark.parametrize("layer", [fused_layer, sorted_layer])
+@pytest.mark.parametrize("way", ["torch", "always_batched", "torch_compile", "triton"])
+def test_gradients_where_combine_weights_vanish(request, device, layer, way):
+    backend = "torch" if way == "always_batched" else way
+    if way == "torch_compile":
+        device = torch.device("cpu")
+        request.getfixturevalue("compiler")
+    elif way == "triton":
+        pytest.importorskip("triton")
+    elif way == "always_batched":
+        # Which pads the rows.
+        request.getfixturevalue(way)
+    _, _, (x, w1, w2, w3, _) = inputs("random", 63, device)
+    # Ascending, so that rows that are sorted lie as their tokens.
+    indices = (torch.arange(63, device=device) // 9 % len(w1)).unsqueeze(-1)
+    plan, weights = plan_dispatch(indices, len(w1)), torch.ones(63, 1, device=device)
+    weights[::3], weights[1::3] = 0, 1e-30
+    exact_in, ours_in = (
+        leaves(x, w1, w2, w3, weights, dtype=dtype) for dtype in (torch.float64, None)
+    )
+    grad = randn(63, D, seed=5, device=device)
+    actual = gradients(layer(*ours_in, plan, backend), grad, *ours_in)
+    expected = gradients(oracle(*exact_in, indices), grad, *exact_in)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        assert_equals(a, b, name)
+    assert (actual[0][::3] == 0).all() and (expected[4][::3] != 0).all()
+    assert_equals(actual[0][1::3], expected[0][1::3])
+    # Products of a weight of 1e-30 with this gradient underflow.
+    grad = grad * 1e-13
+    (tiny,) = gradients(layer(*ours_in, plan, backend), grad, ours_in[4])
+    (expected_tiny,) = gradients(oracle(*exact_in, indices), grad, exact_in[4])
+    assert_equals(tiny, expected_tiny)
+
+
 FROZEN = [("w3",), ("w1",), ("w1", "w2", "w3"), ("x", "topk_weights"), ("x", "w1", "w3")]
 
 
@@ -652,19 +663,26 @@ def test_backward_keeps_the_bytes_that_save_names(device, save):
     assert sum(t.numel() * t.element_size() for t in wide) == 32 * 3 * (4 + 8 + 8) + 8 * 8
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("save", ["x", "xh", "xha"])
-def test_pytorch_keeps_gate_and_up_alone_beside_its_inputs(save):
-    _, plan, tensors = inputs("random", 32, "cpu", width=NARROW)
-    ours_in, kept = leaves(*tensors), {}
-    inputs_at = {t.data_ptr() for t in ours_in}
+def test_pytorch_keeps_gate_and_up_alone_beside_its_inputs(is_sorted, save):
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 32, "cpu", width=NARROW)
+    if is_sorted:
+        x, weights = x[plan.token_of_row], torch.rand(plan.num_rows)
+    ours_in, kept = leaves(x, w1, w2, w3, weights), {}
+    known = {t.data_ptr() for t in ours_in}
 
     def pack(tensor):
-        if tensor.data_ptr() not in inputs_at:
+        if tensor.data_ptr() not in known:
             kept[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
+    options = {"save": save, "backend": "torch"}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        swiglu_experts(*ours_in[:4], plan, ours_in[4], save=save, backend="torch")
+        if is_sorted:
+            swiglu_experts_sorted(*ours_in[:4], plan.expert_offsets, scale=ours_in[4], **options)
+        else:
+            swiglu_experts(*ours_in[:4], plan, ours_in[4], **options)
     # 4 bytes of 2 F, for each of 3 assignments of 32 tokens; a is computed anew.
     assert sum(kept.values()) == (0 if save == "x" else 32 * 3 * 2 * NARROW * 4)
 

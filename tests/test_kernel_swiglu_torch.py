@@ -2,17 +2,29 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from conftest import assert_equals, randn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.swiglu_torch import MAX_VARIANTS, activate, activate_backward
+from kernels.swiglu_torch import MAX_VARIANTS, activate, activate_backward, dot_rows
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 63])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_of_rows_are_summed_in_float32(num_rows, dtype):
+    a, b = (randn(num_rows, 40, seed=seed).to(dtype) for seed in (1, 2))
+    dots, expected = dot_rows(a, b), (a.double() * b.double()).sum(-1)
+    assert dots.dtype == dtype
+    if dtype == torch.bfloat16:
+        # And rounded once.
+        torch.testing.assert_close(dots.double(), expected, rtol=2**-8, atol=1e-5)
+    else:
+        assert_equals(dots, expected)
 
 
 def test_under_a_counter_in_a_thread_and_whatever_the_default_device(compiler):
-    h, grad_a = randn(1, 6, 40, seed=1, device="cpu"), randn(6, 20, seed=2, device="cpu")
-
-    scale = randn(6, seed=3)
+    h, grad_a, scale = randn(1, 6, 40, seed=1), randn(6, 20, seed=2), randn(6, seed=3)
 
     def both_ways(compiled=True):
         a = activate(h, 0.5, compiled=compiled)

@@ -162,7 +162,7 @@ def test_activations_are_no_more_than_planned_where_fewer_rows_run(
     config = make_config(tmp_path, WIDE | with_moe(**settings))
     measured = kept_bytes(make_engine(config), config)
     # Padded rows leave room for those that do not run; without padding all have their place.
-    least, most = (1.07, 1.6) if by_onednn else (0.94, 1.1)
+    least, most = (1.0, 1.6) if by_onednn else (0.94, 1.1)
     assert least * measured < plan_of(config).activation_bytes < most * measured
 
 

@@ -46,7 +46,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, compute_bytes: int) 
     included, of which bfloat16 needs copies. Within 6 % of what PyTorch saves, in bfloat16 10 %, as
     tests hold; but each token is taken to have `top_k` rows of a router with logits. Where fewer
     run (relu, top_p, experts that cost nothing, a capacity) or there are no logits (hash), this is
-    an upper bound: in small models of float32 by oneDNN, 8 to 58 % above. Without it float32 has no
+    an upper bound: in small models of float32 by oneDNN, 1 to 48 % above. Without it float32 has no
     padding, and buffers keep the rows that do not run as well.
     """
     training, hidden = config.training, model.hidden_size
