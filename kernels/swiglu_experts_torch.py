@@ -221,17 +221,24 @@ def _backward_rows(
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):
                 multiply_rows(part, stack, grad_x[rows], batches, add=i > 0)
-        if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
-            weight_gradients(grad_h[0], x, (grad_w1, grad_w3), batches)
-        else:
-            for part, grad_w in zip(gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
-                if grad_w is not None:
-                    weight_gradients(part, x, (grad_w,), batches)
+        _up_weight_gradients(grad_h, x, grad_w1, grad_w3, batches)
         if grad_w2 is not None:
             weight_gradients(g, a, (grad_w2,), batches)
     if dots is not None and scale.before is not None:
         dots /= scale.before
     return grad_x, grad_w1, grad_w2, grad_w3, dots
+
+
+def _up_weight_gradients(
+    grad_h: Tensor, x: Tensor, grad_w1: Tensor | None, grad_w3: Tensor | None, batches: list[Batch]
+) -> None:
+    """Fill those of w1 and w3 that are wanted; both in one product of a stack."""
+    if len(grad_h) == 1 and grad_w1 is not None and grad_w3 is not None:
+        weight_gradients(grad_h[0], x, (grad_w1, grad_w3), batches)
+        return
+    for part, grad_w in zip(gate_and_up(grad_h), (grad_w1, grad_w3), strict=True):
+        if grad_w is not None:
+            weight_gradients(part, x, (grad_w,), batches)
 
 
 class SwigluExpertsSorted(torch.autograd.Function):
