@@ -189,9 +189,8 @@ def _backward_rows(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass over sorted rows.
 
-    grad_y (R, D) is the gradient of each row's s y. Returns the gradients of
-    x_rows (R, D), w1, w2, w3 and s (R,), None where they are not needed; those of rows are
-    undefined where a row is unused or padding.
+    grad_y (R, D) is the gradient of each row's s y. Returns the gradients of x_rows (R, D), w1, w2,
+    w3 and s (R,), None where they are not needed; of rows that are unused or padding, undefined.
     """
     num_experts, hidden, inner = weights.down.shape
     like = x_rows.source
