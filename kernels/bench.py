@@ -17,9 +17,11 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -316,18 +318,26 @@ def main(argv: list[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.op not in ("all", *operations()):
         return _refuse(f"OP ({options.op}) must be all, or one of {', '.join(operations())}")
-    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
-        return _refuse("--repeats and --threads must be at least 1")
+    if options.repeats < 1:
+        return _refuse(f"--repeats ({options.repeats}) must be at least 1")
+    cores = os.cpu_count() or 1
+    if options.threads is not None and not 1 <= options.threads <= cores:
+        return _refuse(f"--threads ({options.threads}) must be from 1 to {cores}, the cores here")
     if device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch sees no GPU; leave the option out, or use cpu")
     if options.tune and device == "cpu":
         return _refuse("--tune needs a GPU: tiles are those of Triton's kernels")
     if options.json and (problem := _problem_with_path(options.json, options.op)):
         return _refuse(problem)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    ops = operations() if options.op == "all" else [options.op]
+    names = [build.name for op in ops for build in cases_of(op, dtype, device)]
+    if options.shapes and not any(shape in name for shape in options.shapes for name in names):
+        shapes = " ".join(options.shapes)
+        return _refuse(f"--shapes ({shapes}) must be part of one of: {', '.join(names)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     tune_allocator()
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     limits = Limits(matmul_rate(dtype, device), copy_rate(device))
     facts = machine_facts(device) | {"dtype": str(dtype).removeprefix("torch.")}
     facts |= {"matmul_tflops": limits.flops / 1e12, "copy_gbps": limits.bandwidth / 1e9}
@@ -338,27 +348,31 @@ def main(argv: list[str] | None = None) -> int:
         f"forward + backward = both, medians of {options.repeats} in turns"
     )
     results = []
-    for op in operations() if options.op == "all" else [options.op]:
+    for op in ops:
         print(op)
         results += run_operation(
             op, options, limits, facts | {"op": op, "repeats": options.repeats}
         )
-    if not results:
-        return _refuse(f"--shapes {' '.join(options.shapes or [])}: no such case")
     return int(any("wrong" in result for result in results))
 
 
 def _is_file(path: Path) -> bool:
     """Whether --json names a file, of one operation."""
-    return path.suffix == ".json" and not path.is_dir()
+    return path.suffix.lower() == ".json" and not path.is_dir()
 
 
 def _problem_with_path(path: Path, op: str) -> str | None:
-    """Why --json cannot be written to; None if it can, as far as is known."""
-    if _is_file(path):
-        return f"--json ({path}) must be a folder, for all operations" if op == "all" else None
-    if path.exists() and not path.is_dir():
+    """Why --json cannot be written to; None if it can. Makes the folder."""
+    if _is_file(path) and op == "all":
+        return f"--json ({path}) must be a folder, for all operations"
+    if path.exists() and not path.is_dir() and not _is_file(path):
         return f"--json ({path}) must be a folder, or a file that ends in .json"
+    folder = path.parent if _is_file(path) else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"--json ({path}) cannot be written: {error}; choose another path"
     return None
 
 
@@ -388,7 +402,6 @@ def run_operation(
         if options.json:
             # After each case: what was measured stays, whatever the next one meets.
             path = _path_of_results(options.json, facts)
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(facts | {"cases": results}, indent=1) + "\n")
     return results
 

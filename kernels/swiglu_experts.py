@@ -17,7 +17,8 @@ What is saved, per row:
 
 PyTorch never keeps a: reading it back takes as long as computing it.
 Where the matmuls have another dtype than the weights (autocast from float32), the cast copies of
-w1, w2 and w3 are kept too, until the backward pass; in PyTorch also a stack of narrow w1 and w3.
+w1, w2 and w3 are kept too, until the backward pass; in PyTorch also a stack of narrow w1 and w3,
+and of rows that arrive sorted a copy, if they have to be padded.
 
 Rows, T, K, R as in the data map of `kernels.dispatch`.
 """

@@ -27,6 +27,8 @@ from kernels.swiglu_torch import activate, activate_backward, gate_and_up
 
 # An F below which matmuls of w1 and w3 apart are slow on a CPU.
 NARROW = 256
+# A combine weight below which its product with a gradient could underflow.
+LEAST_SCALE = 1e-9
 # Elements of each (rows, F) temporary of neighbouring experts that are done together, where one
 # batch has not more by itself. The backward pass has eight of them at a time: 0.5 GB in float32.
 GROUP_ELEMENTS = 1 << 24
@@ -92,13 +94,13 @@ def _divide_scale(
     """In `dtype`, laid out as the rows; 0 in padding, which keeps it out of the sums over rows.
 
     All of it after where that is compiled: it costs nothing there, and g is gathered faster
-    without. Else all before, which saves two passes; but where ds is wanted, not that of rows whose
-    s is 0 or so small that products with it could underflow, which float16's always could.
+    without; but not in float16, where da' could overflow. Else all before, which saves two passes,
+    except where ds is wanted and s is so small that products with it could underflow, or 0.
     """
     scale = scale.to(dtype)
-    if options.compiled or dtype == torch.float16:
+    if options.compiled and dtype != torch.float16:
         return _Scale(None, place_rows(scale, layout))
-    small = scale.abs() < torch.finfo(dtype).tiny ** 0.5
+    small = scale.abs() < LEAST_SCALE
     if not needs.scale or not small[: rows_in_use(layout)].any():
         return _Scale(place_rows(scale, layout), None)
     parts = scale.masked_fill(small, 1), scale.masked_fill(~small, 1)
@@ -214,8 +216,9 @@ def _backward_rows(
         grad_a = like.new_empty(len(x), inner)
         multiply_rows(g, weights.down, grad_a, batches)
         factor, dots_here = (None if t is None else t[rows] for t in (scale.after, dots))
+        compiled = options.compiled and factor is not None
         a, grad_h = activate_backward(
-            h, grad_a, factor, dots_here, options.clamp, compiled=options.compiled
+            h, grad_a, factor, dots_here, options.clamp, compiled=compiled
         )
         if grad_x is not None:
             for i, (part, stack) in enumerate(zip(grad_h, weights.up, strict=True)):

@@ -17,6 +17,8 @@ from kernels.launch import at_least_float32
 MAX_VARIANTS = 64
 # Elements of A from which the forward pass is compiled: of few, the call costs more than it saves.
 MIN_ACTIVATIONS = 1 << 20
+# Products that `dot_rows` holds at a time.
+DOT_ELEMENTS = 1 << 18
 _Pair = tuple[Tensor, Tensor]
 
 
@@ -97,15 +99,17 @@ def _fill_by_passes(
 
 
 def dot_rows(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) <a[i], b[i]> of two (n, F), summed in float32 and rounded to their dtype.
-
-    In one pass, by what `embedding_bag` has for the gradient of its weights; PyTorch's other ways
-    store all products first.
-    """
-    if a.numel() == 0:
-        return a.new_zeros(len(a))
-    each = torch.arange(len(a), device=a.device)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, each, each, each, 0)
+    """(n,) <a[i], b[i]> of two (n, F), in float32 at least: PyTorch's products of matrices would
+    round it to their dtype. On a CPU in parts, whose products stay in the cache."""
+    num_rows, size = a.shape
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    step = max(1, num_rows if a.is_cuda else DOT_ELEMENTS // max(size, 1))
+    dots, products = a.new_empty(num_rows, dtype=dtype), a.new_empty(step, size, dtype=dtype)
+    for first in range(0, num_rows, step):
+        rows = slice(first, min(first + step, num_rows))
+        part = products[: rows.stop - first].copy_(a[rows]).mul_(b[rows])
+        torch.sum(part, -1, out=dots[rows])
+    return dots
 
 
 def _fill_activation(h: _Pair, a: Tensor, clamp: Tensor | None) -> None:

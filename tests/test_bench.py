@@ -154,12 +154,17 @@ def test_a_copy_moves_bytes():
     ("arguments", "message"),
     [
         (["no_such_op"], "OP (no_such_op) must be all, or one of attention, cross_entropy"),
-        (["rms_norm", "--repeats", "0"], "--repeats and --threads must be at least 1"),
-        (["rms_norm", "--shapes", "D9999"], "--shapes D9999: no such case"),
+        (["rms_norm", "--repeats", "0"], "--repeats (0) must be at least 1"),
+        (["rms_norm", "--threads", "0"], "--threads (0) must be from 1 to"),
+        (["rms_norm", "--threads", "99999"], "--threads (99999) must be from 1 to"),
+        (["rms_norm", "--shapes", "D9999"], "--shapes (D9999) must be part of one of: rows4096"),
+        (["rms_norm", "--json", "file/a.json"], "--json (file/a.json) cannot be written: "),
+        (["rms_norm", "--json", "file/a"], "--json (file/a) cannot be written: "),
     ],
 )
-def test_a_mistake_is_named(arguments, message, capsys):
-    assert main(arguments) == 2
+def test_a_mistake_is_named(arguments, message, capsys, run_in):
+    (run_in / "file").write_text("")
+    assert main([*arguments, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
 

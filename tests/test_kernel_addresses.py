@@ -15,6 +15,7 @@ from conftest import randn
 triton = pytest.importorskip("triton")
 
 from kernels.attention_triton import (  # noqa: E402
+    MAX_ROW_STRIDE,
     _delta,
     _grad_keys,
     attention_backward_op,
@@ -212,6 +213,40 @@ def test_attention_reaches_far_sequences(device, last_programs):
     expected = forward_and_backward(q, k, v, grad, zeros)
     last_programs(1)
     assert_same_end(forward_and_backward(far(q), far(k), far(v), far(grad), far_zeros), expected)
+
+
+def spread(near: torch.Tensor, stride: int) -> torch.Tensor:
+    """The same (B, S, H, P), each position that many elements behind the one before it."""
+    num_positions, size = near.shape[1], near[0, 0].numel()
+    room = near.new_empty(num_positions * stride + size)
+    strides = num_positions * stride, stride, near.shape[3], 1
+    return room.as_strided(near.shape, strides).copy_(near)
+
+
+def test_attention_reaches_far_positions(device):
+    # The last block begins behind 2**31 elements.
+    tensors = [randn(1, 450, 1, 16, seed=s, device=device).to(BFLOAT16) for s in range(4)]
+    far_tensors = [spread(x, MAX_ROW_STRIDE - 16) for x in tensors]
+    documents, options = (None, None, None), (450, 0.3)
+    results = []
+    for q, k, v, grad in (tensors, far_tensors):
+        out, lse = attention_op(q, k, v, *documents, *options, True)
+        # By atomics the bits vary on a GPU.
+        for deterministic in (True,) if device.type == "cuda" else (True, False):
+            saved = grad, q, k, v, out, lse, *documents
+            results.append((out, *attention_backward_op(*saved, *options, deterministic)))
+    half = len(results) // 2
+    for near, actual in zip(results[:half], results[half:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(near, actual, strict=True))
+
+
+def test_rope_reaches_far_positions(device):
+    q, k = (randn(1, 450, 1, 16, seed=s, device=device).to(BFLOAT16) for s in (1, 2))
+    angles = randn(450, 8, seed=3, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    far_in = (spread(x, MAX_ROW_STRIDE - 16) for x in (q, k))
+    actual, expected = rope_op(*far_in, cos, sin, False), rope_op(q, k, cos, sin, False)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_rms_norm_reaches_far_rows(device, last_programs):

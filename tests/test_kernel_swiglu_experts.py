@@ -510,6 +510,20 @@ def test_gradients_where_combine_weights_vanish(request, device, layer, way):
     assert_equals(tiny, expected_tiny)
 
 
+@pytest.mark.parametrize("backend", ["torch", "torch_compile"])
+def test_float16_holds_gradients_whose_combine_weights_are_small(request, backend):
+    if backend == "torch_compile":
+        request.getfixturevalue("compiler")
+    _, plan, (x, w1, w2, w3, weights) = inputs("random", 63, "cpu", 256, 32)
+    tensors = [t.half() for t in (x, w1, w2 * 16, w3)]
+    ours_in = leaves(*tensors, torch.full_like(weights, 1e-3))
+    out = swiglu_experts(*ours_in[:4], plan, ours_in[4], backend=backend)
+    # Without its weight, the gradient of a would be above 65504, which float16 cannot hold.
+    grad = randn(*out.shape, seed=5).half() * 1e4
+    assert (grad.double().norm(dim=1).max() * tensors[2].double().norm(dim=1).max()) > 65504
+    assert all(g.isfinite().all() for g in gradients(out, grad, *ours_in)[:4])
+
+
 FROZEN = [("w3",), ("w1",), ("w1", "w2", "w3"), ("x", "topk_weights"), ("x", "w1", "w3")]
 
 

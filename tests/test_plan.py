@@ -332,6 +332,12 @@ def test_what_recomputation_would_keep_is_what_its_plan_says(tmp_path):
         torch.empty(2**50)
 
 
+def test_a_single_process_has_all_experts_however_they_could_be_shared(tmp_path):
+    config = make_config(tmp_path, WIDE)
+    shared = make_config(tmp_path, WIDE | {"parallel.expert_parallel_size": 2})
+    assert plan_of(shared).activation_bytes == plan_of(config).activation_bytes
+
+
 def test_other_errors_pass_through(tmp_path):
     config = make_config(tmp_path)
     passed = pytest.raises(RuntimeError, match=r"^a fault of ours$")

@@ -74,15 +74,14 @@ def plan_layouts(
     passes = config.micro_batches_per_rank(world_size)
     micro_batch = config.training.batch_size // world_size // passes
     training = config.training.model_copy(update={"micro_batch_size": micro_batch})
+    here = config.model_copy(update={"training": training})
     sizes = possible_sizes(model.experts_of_layers, world_size)
     share = -(-count.total // world_size)
     layouts = []
     for size in sizes:
         held = count.total - count.experts + count.experts // size
-        parallel = config.parallel.model_copy(update={"expert_parallel_size": size})
-        here = config.model_copy(update={"training": training, "parallel": parallel})
         sent = _all_to_all_bytes(here, model, size, passes, compute_bytes)
-        kept = activation_bytes(here, model, compute_bytes)
+        kept = activation_bytes(here, model, compute_bytes, shares=size)
         for stage in (0, 1, 2, 3):
             weights = _FLOAT32 * (held if stage < 3 else share)
             # From stage 1 on the optimizer has a copy of its share of the weights.

@@ -185,8 +185,12 @@ def _fewer_activations(plan: Plan, config: RunConfig, model: ModelConfig) -> str
         ways.append(f"lower training.micro_batch_size ({size}) to {half}, at the same batch")
     if not training.activation_checkpointing:
         again = training.model_copy(update={"activation_checkpointing": True})
+        shares = 1 if plan.ranks is None else config.parallel.expert_parallel_size
         kept = activation_bytes(
-            config.model_copy(update={"training": again}), model, plan.compute_bytes
+            config.model_copy(update={"training": again}),
+            model,
+            plan.compute_bytes,
+            shares=shares,
         )
         ways.append(
             f"set training.activation_checkpointing: true, which keeps {format_bytes(kept)}"
